@@ -1,0 +1,65 @@
+"""Feedback self-adaptive attention (FSA) for training-free open-vocabulary segmentation with CLIP.
+
+The op:        `feedback_attention`, `adapt`, `proxy_attention`, `explain`, `FSAConfig`
+The hosts:     `fsa.hosts.build(name, visual)`
+The segmentor: `load_segmentor(...)`, `Segmentor.segment(image, classes)`
+
+Chi et al., "Plug-in Feedback Self-adaptive Attention in CLIP for Training-free Open-Vocabulary
+Segmentation", ICCV 2025.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fsa import hosts
+    from fsa.config import FSAConfig
+    from fsa.errors import FSAError, InputError, ModelUnavailableError
+    from fsa.ops import adapt, explain, feedback_attention, proxy_attention
+    from fsa.segmentor import Segmentation, Segmentor, load_segmentor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FSAConfig",
+    "FSAError",
+    "InputError",
+    "ModelUnavailableError",
+    "Segmentation",
+    "Segmentor",
+    "adapt",
+    "explain",
+    "feedback_attention",
+    "hosts",
+    "load_segmentor",
+    "proxy_attention",
+]
+
+# Resolved at first use, so that `fsa --help` and `import fsa` do not wait for torch.
+_HOMES = {
+    "FSAConfig": "fsa.config",
+    "FSAError": "fsa.errors",
+    "InputError": "fsa.errors",
+    "ModelUnavailableError": "fsa.errors",
+    "adapt": "fsa.ops",
+    "explain": "fsa.ops",
+    "feedback_attention": "fsa.ops",
+    "proxy_attention": "fsa.ops",
+    "Segmentation": "fsa.segmentor",
+    "Segmentor": "fsa.segmentor",
+    "load_segmentor": "fsa.segmentor",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "hosts":
+        return importlib.import_module("fsa.hosts")
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'fsa' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

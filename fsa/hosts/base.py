@@ -1,0 +1,191 @@
+"""What all hosts share: the way from images to patch features, with and without feedback."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fsa import ops
+from fsa.config import FSAConfig
+from fsa.errors import InputError
+from fsa.vision import Tower
+
+
+@dataclass(frozen=True)
+class LastAttention:
+    """The attention of a host's last block, on patches.
+
+    Attributes:
+        value: V (B,H,N,d).
+        apply: (B,H,N,d) -> (B,H,N,d), applies the host's attention A. Where the host attends to
+            the class token, its value stays what it is.
+        attended: A V (B,H,N,d).
+        mean_value: (B,H,1,d), V under uniform attention over everything the host attends to.
+    """
+
+    value: Tensor
+    apply: Callable[[Tensor], Tensor]
+    attended: Tensor
+    mean_value: Tensor
+
+
+class Host(nn.Module):
+    """A training-free CLIP segmentor: a vision tower with another attention in its last block.
+
+    Args:
+        visual: a plain open_clip `VisionTransformer`.
+        residual: whether the last block keeps its residual connection and feed-forward network;
+            None takes what the method published.
+        backend: of the ops, "auto", "triton" or "torch".
+    """
+
+    published_residual: bool
+    needs_vfm = False
+
+    def __init__(
+        self, visual: nn.Module, *, residual: bool | None = None, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        if backend not in ops.BACKENDS:
+            raise InputError(f"backend={backend!r} is not known: it must be one of {ops.BACKENDS}")
+        self.tower = Tower(visual)
+        self.residual = self.published_residual if residual is None else residual
+        self.backend = backend
+
+    def grid(self, height: int, width: int, vfm_features: Tensor | None = None) -> tuple[int, int]:
+        """Rows and columns of the output for a picture of this size in pixels."""
+        return self.tower.grid(height, width)
+
+    def forward(
+        self,
+        images: Tensor,
+        text_features: Tensor,
+        *,
+        vfm_features: Tensor | None = None,
+        config: FSAConfig | None = None,
+    ) -> Tensor:
+        """The same as `features`."""
+        return self.features(images, text_features, vfm_features=vfm_features, config=config)
+
+    @torch.no_grad()
+    def features(
+        self,
+        images: Tensor,
+        text_features: Tensor,
+        *,
+        vfm_features: Tensor | None = None,
+        config: FSAConfig | None = None,
+    ) -> Tensor:
+        """Patch features in the space shared with text.
+
+        Args:
+            images: (B,3,H,W), normalised with CLIP's mean and deviation, in the type and on the
+                device of the tower; H and W multiples of the patch size.
+            text_features: (C,E) of unit length; used by the feedback only.
+            vfm_features: (B,F,gh,gw) of another vision model; for ProxyCLIP, and only there.
+            config: how feedback is computed, or None for the host alone.
+
+        Returns:
+            (B, gh * gw, E), not normalised, row by row of `grid`.
+
+        Raises:
+            InputError: wrong shapes, types or devices.
+        """
+        self._check(images, text_features, vfm_features, config)
+        tokens = self.tower.trunk(images)
+        attention = self.attention(tokens, self.tower.grid(*images.shape[-2:]), vfm_features)
+        features = self._tail(tokens, attention.attended)
+        if config is None:
+            return features
+
+        uniform_logits = None
+        if config.isolation:
+            uniform = self._tail(tokens, attention.mean_value)
+            uniform_logits = _cosines(uniform, text_features) * config.uniform_logit_scale
+        for _ in range(config.iterations):
+            patch_logits = _cosines(features, text_features) * config.logit_scale
+            feedback = ops.feedback_attention(
+                patch_logits, uniform_logits, config=config, backend=self.backend
+            )
+            features = self._tail(tokens, self.adapt(attention, feedback, config))
+        return features
+
+    def attention(
+        self, tokens: Tensor, grid: tuple[int, int], vfm_features: Tensor | None
+    ) -> LastAttention:
+        """The attention of the last block for tokens (B,1+N,D) on a grid of patches."""
+        raise NotImplementedError
+
+    def adapt(self, attention: LastAttention, feedback: Tensor, config: FSAConfig) -> Tensor:
+        """The values adapted by feedback A_f (B,N,N): (B,H,N,d)."""
+        return ops.adapt(
+            attention.value,
+            feedback.to(attention.value.dtype),
+            attention.apply,
+            attended=attention.attended,
+            config=config,
+            backend=self.backend,
+        )
+
+    def _tail(self, tokens: Tensor, heads: Tensor) -> Tensor:
+        """From what the heads gathered, (B,H,N,d) or (B,H,1,d), to features in the shared space."""
+        branch = self.tower.attention_branch(heads)
+        if self.residual:
+            branch = self.tower.residual_branches(tokens[:, 1:], branch)
+        return self.tower.embed(branch)
+
+    def _check(
+        self,
+        images: Tensor,
+        text_features: Tensor,
+        vfm_features: Tensor | None,
+        config: FSAConfig | None,
+    ) -> None:
+        tower = self.tower
+        if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+            raise InputError(f"images must be (B, 3, H, W); they have shape {tuple(images.shape)}")
+        tower.grid(*images.shape[-2:])
+        device = tower.visual.conv1.weight.device
+        if images.dtype != tower.dtype or images.device != device:
+            raise InputError(
+                f"images are {images.dtype} on {images.device}; the vision tower is "
+                f"{tower.dtype} on {device}"
+            )
+        if (
+            text_features.ndim != 2
+            or text_features.shape[1] != tower.output_dim
+            or (len(text_features) == 0)
+        ):
+            raise InputError(
+                f"text_features must be (C, {tower.output_dim}) for this model; they have shape "
+                f"{tuple(text_features.shape)}"
+            )
+        if config is not None and not isinstance(config, FSAConfig):
+            raise InputError(f"config must be an FSAConfig or None, not {type(config).__name__}")
+        if not self.needs_vfm and vfm_features is not None:
+            raise InputError(
+                f"vfm_features were given to {type(self).__name__}, which takes none; "
+                "they are for the host 'proxyclip'"
+            )
+        if self.needs_vfm and vfm_features is None:
+            raise InputError(
+                f"{type(self).__name__} needs vfm_features (B, F, gh, gw) of another vision model"
+            )
+
+
+def _cosines(features: Tensor, text_features: Tensor) -> Tensor:
+    """Cosine of patch features (B,N,E) and text features (C,E): (B,N,C).
+
+    In float32 whatever the model's type: the differences that feedback lives on are of the size
+    of half precision's rounding at 20 times a cosine.
+    """
+    unit = functional.normalize(_at_least_float32(features), dim=-1)
+    return unit @ text_features.to(unit.dtype).T
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

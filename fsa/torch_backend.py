@@ -1,0 +1,251 @@
+"""The ops in plain PyTorch, by exact algebra: no N x N x C tensor, no product of N x N matrices.
+
+The algebra, all of it exact (the tests hold it against `fsa.reference`):
+
+- KL_ij = h_i - (P l^T)_ij with h_i = sum_c P_ic l_ic: one matrix product. Taking the same row from
+  every l_j changes nothing, so l is centred on its mean, which takes the cancellation away.
+- A prefix of the order of similarity is a threshold on S, so values are sorted but never indices,
+  and nothing is scattered back.
+- A_f A V = A_f (A V) and A A_f V = A (A_f V): products with values only.
+
+Work goes in blocks of rows, sized for the CPU's cache or for a bounded share of GPU memory, so the
+extra memory does not grow with N^2. Whatever the input's type, the arithmetic is in float32
+(float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fsa.config import PROBABILITY_FLOOR
+
+# Entries of one block of similarity rows. 2^17 floats stay in a CPU core's second-level cache
+# through the dozen passes over them; on a GPU a block only has to fill the chip.
+_BLOCK_ENTRIES_CPU = 1 << 17
+_BLOCK_ENTRIES_GPU = 1 << 26
+
+
+def feedback_attention(
+    patch_logits: Tensor,
+    uniform_logits: Tensor | None,
+    *,
+    beta: float,
+    confidence: float,
+    similarity: str,
+    pruning: str | None,
+    ratio: float,
+    threshold: float,
+    scaling: bool,
+) -> Tensor:
+    """A_f (B,N,N) in the type of `patch_logits`; see `fsa.feedback_attention`.
+
+    A patch whose probabilities are not finite gets a row of NaN and is never kept by another.
+    """
+    B, N, _ = patch_logits.shape
+    logits = _widen(patch_logits)
+    if uniform_logits is not None:
+        logits = logits - _widen(uniform_logits)
+    probabilities = logits.softmax(dim=-1)
+    broken = ~probabilities.sum(dim=-1).isfinite()
+    # Rows that are not finite would poison the centre, and through it every other row.
+    probabilities = probabilities.masked_fill(broken[..., None], 0)
+    similarity_rows = _similarity_rows(probabilities, similarity)
+
+    out = torch.empty((B, N, N), dtype=patch_logits.dtype, device=patch_logits.device)
+    for images, rows in _blocks(B, N, logits.device):
+        S = similarity_rows(images, rows)
+        S.masked_fill_(broken[images, None, :], -math.inf)
+        dropped = _dropped(S, pruning, confidence, ratio, threshold) | broken[images, None, :]
+        feedback = (S * beta).exp_().mul_(S) if scaling else S
+        feedback.masked_fill_(dropped, -math.inf)
+        block = torch.softmax(feedback, dim=-1)
+        out[images, rows] = block.masked_fill_(broken[images, rows, None], math.nan)
+    return out
+
+
+def _similarity_rows(probabilities: Tensor, similarity: str) -> Callable[[slice, slice], Tensor]:
+    """How a block of rows of S is computed from P (B,N,C)."""
+    if similarity == "cosine":
+        unit = torch.nn.functional.normalize(probabilities, dim=-1)
+
+        def cosine(images: slice, rows: slice) -> Tensor:
+            return torch.bmm(unit[images, rows], unit[images].transpose(1, 2)).clamp_(0, 1)
+
+        return cosine
+
+    log = (probabilities + PROBABILITY_FLOOR).log_()
+    log -= log.mean(dim=1, keepdim=True)
+    negative_entropy = (probabilities * log).sum(dim=-1, keepdim=True)
+
+    def kl(images: slice, rows: slice) -> Tensor:
+        divergence = torch.baddbmm(
+            negative_entropy[images, rows],
+            probabilities[images, rows],
+            log[images].transpose(1, 2),
+            alpha=-1,
+        )
+        return divergence.clamp_(min=0).add_(1).reciprocal_()
+
+    return kl
+
+
+def _dropped(
+    S: Tensor, pruning: str | None, confidence: float, ratio: float, threshold: float
+) -> Tensor:
+    """The complement of the kept patches of rows S (...,N), bool. -inf entries count nothing."""
+    N = S.shape[-1]
+    if pruning == "confidence":
+        ordered = _sort_descending(S)
+        # Cumulated in float64: near-ties are everywhere, and N float32 additions would decide them.
+        mass = (ordered - 1).exp_().cumsum(dim=-1, dtype=torch.float64)
+        count = (mass <= confidence * mass[..., -1:]).sum(dim=-1, keepdim=True).clamp_(min=1)
+    elif pruning == "ratio":
+        ordered = _sort_descending(S)
+        count = torch.full_like(S[..., :1], max(1, math.floor(ratio * N)), dtype=torch.int64)
+    elif pruning == "threshold":
+        return (S < threshold) & ~_first_of(S == S.amax(dim=-1, keepdim=True))
+    else:
+        return torch.zeros_like(S, dtype=torch.bool)
+    lowest = ordered.gather(-1, count - 1)
+    return (S < lowest) | _surplus_ties(S, lowest, count)
+
+
+def _surplus_ties(S: Tensor, lowest: Tensor, count: Tensor) -> Tensor:
+    """Entries equal to the lowest kept value that come after the `count` kept ones, by index."""
+    # Looking first whether there are any spares the CPU a pass; on a GPU it would synchronise.
+    if S.device.type == "cpu" and bool(((S >= lowest).sum(dim=-1, keepdim=True) == count).all()):
+        return torch.zeros((), dtype=torch.bool)
+    tied = S == lowest
+    wanted = count - (S > lowest).sum(dim=-1, keepdim=True)
+    return tied & (tied.cumsum(dim=-1) > wanted)
+
+
+def _first_of(mask: Tensor) -> Tensor:
+    return mask & (mask.cumsum(dim=-1) == 1)
+
+
+def _sort_descending(S: Tensor) -> Tensor:
+    """The values of each row from high to low."""
+    if S.device.type == "cpu":
+        # NumPy sorts values alone with vector instructions, some 15 times faster than
+        # torch.sort, which also has to carry an index along with each value.
+        return torch.from_numpy(np.sort(S.neg().numpy(), axis=-1)).neg_()
+    return S.sort(dim=-1, descending=True).values
+
+
+def adapt(
+    value: Tensor,
+    feedback: Tensor,
+    apply_attention: Callable[[Tensor], Tensor],
+    attended: Tensor | None,
+    adaptations: tuple[str, ...],
+) -> Tensor:
+    """The adapted values (B,H,N,d); see `fsa.adapt`.
+
+    Args:
+        value: (B,H,N,d).
+        feedback: A_f (B,N,N).
+        apply_attention: (B,H,N,d) -> (B,H,N,d), applies A.
+        attended: A V (B,H,N,d), or None to have it computed where it is needed.
+        adaptations: which terms are averaged.
+    """
+    # A_f is linear, so the terms in which it comes last share one product of twice the width.
+    # "before" needs A_f V by itself; without it the two right-hand sides can be added first.
+    right_sides = []
+    if "after" in adaptations:
+        right_sides.append(apply_attention(value) if attended is None else attended)
+    if "before" in adaptations or "only" in adaptations:
+        right_sides.append(value)
+    if "before" not in adaptations and len(right_sides) == 2:
+        right_sides = [right_sides[0] + right_sides[1]]
+
+    B, H, N, d = value.shape
+    stacked = torch.stack([side.transpose(1, 2) for side in right_sides], dim=2)
+    applied = _rows_times(feedback, stacked.flatten(2)).view(B, N, len(right_sides), H, d)
+    terms = [term.transpose(1, 2) for term in applied.unbind(dim=2)]
+    if "before" not in adaptations:
+        total = terms[0]
+    else:
+        total = apply_attention(terms[-1])
+        if "only" in adaptations:
+            total = total + terms[-1]
+        if "after" in adaptations:
+            total = total + terms[0]
+    return (total / len(adaptations)).to(value.dtype)
+
+
+def attention_applier(attention: Tensor) -> Callable[[Tensor], Tensor]:
+    """Applies A, (B,N,N) shared by the heads or (B,H,N,N), to values (B,H,N,d)."""
+    if attention.ndim == 4:
+
+        def per_head(value: Tensor) -> Tensor:
+            B, H, N, d = value.shape
+            weights = attention.reshape(B * H, N, N)
+            return _rows_times(weights, value.reshape(B * H, N, d)).view(B, H, N, d)
+
+        return per_head
+
+    def shared(value: Tensor) -> Tensor:
+        B, H, N, d = value.shape
+        columns = value.transpose(1, 2).reshape(B, N, H * d)
+        return _rows_times(attention, columns).view(B, N, H, d).transpose(1, 2)
+
+    return shared
+
+
+def _rows_times(weights: Tensor, columns: Tensor) -> Tensor:
+    """weights (B,N,N) @ columns (B,N,D) -> (B,N,D), accumulated in float32 or better.
+
+    A GPU's half-precision product accumulates in float32 by itself. On the CPU half-precision
+    operands are widened, the columns whole and the weights a block of rows at a time; the result
+    then stays in float32.
+    """
+    if weights.device.type != "cpu" or weights.dtype not in (torch.float16, torch.bfloat16):
+        return torch.bmm(weights, columns.to(weights.dtype))
+    B, N, _ = weights.shape
+    columns = columns.float()
+    out = torch.empty((B, N, columns.shape[-1]), dtype=torch.float32)
+    for images, rows in _blocks(B, N, weights.device):
+        out[images, rows] = torch.bmm(weights[images, rows].float(), columns[images])
+    return out
+
+
+def proxy_attention(features: Tensor, value: Tensor, *, shift: float, gain: float) -> Tensor:
+    """ProxyCLIP's attention applied to value (B,N,D); see `fsa.proxy_attention`."""
+    B, N, _ = value.shape
+    unit = torch.nn.functional.normalize(_widen(features), dim=-1)
+    # mean_ij(x_i . x_j) = |mean_i x_i|^2: the threshold needs no N x N matrix.
+    level = shift * unit.mean(dim=1).square().sum(dim=-1)[:, None, None]
+    columns = _widen(value)
+    out = torch.empty_like(value)
+    for images, rows in _blocks(B, N, value.device):
+        affinity = torch.bmm(unit[images, rows], unit[images].transpose(1, 2))
+        affinity.sub_(level[images])
+        below = affinity < 0
+        # A patch with nothing above the threshold attends to itself.
+        alone = below.all(dim=-1, keepdim=True)
+        itself = torch.arange(N, device=value.device)
+        itself = itself[rows, None] == itself
+        below &= ~(alone & itself)
+        affinity.mul_(gain).masked_fill_(below, -math.inf)
+        out[images, rows] = torch.bmm(affinity.softmax(dim=-1), columns[images]).to(value.dtype)
+    return out
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _blocks(B: int, N: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
+    """Slices (images, rows) that cover (B, N): several small images at once, or rows of one."""
+    entries = _BLOCK_ENTRIES_CPU if device.type == "cpu" else _BLOCK_ENTRIES_GPU
+    images = max(1, entries // (N * N))
+    rows = min(N, max(1, entries // N))
+    for first_image in range(0, B, images):
+        for first_row in range(0, N, rows):
+            yield slice(first_image, first_image + images), slice(first_row, first_row + rows)

@@ -1,0 +1,185 @@
+"""An open_clip vision tower, run by its own modules up to the last block and taken over there."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fsa.errors import InputError
+
+_ATTENTION_INPUTS = "qkv"
+
+
+class Tower(nn.Module):
+    """A plain open_clip `VisionTransformer`, opened at its last block.
+
+    "Plain" means: patch tokens and one class token, residual blocks with PyTorch's multi-head
+    attention, no attentional pooling.
+
+    Args:
+        visual: the `visual` part of an open_clip model; used as it is, neither copied nor changed.
+
+    Raises:
+        InputError: another kind of tower.
+    """
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        _require_plain(visual)
+        self.visual = visual
+        self.patch_size: tuple[int, int] = tuple(visual.conv1.kernel_size)
+        self.width: int = visual.conv1.out_channels
+        self.heads: int = self.last.attn.num_heads
+        self.layers: int = len(visual.transformer.resblocks)
+        self.output_dim: int = visual.proj.shape[1]
+
+    @property
+    def last(self) -> nn.Module:
+        """The last residual block, which the hosts change."""
+        return self.visual.transformer.resblocks[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that images must have."""
+        return self.visual.conv1.weight.dtype
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of a picture of this size in pixels.
+
+        Raises:
+            InputError: a size that is not a positive multiple of the patch size.
+        """
+        patch_height, patch_width = self.patch_size
+        if (
+            height < patch_height
+            or width < patch_width
+            or height % patch_height
+            or (width % patch_width)
+        ):
+            raise InputError(
+                f"images are {height} x {width} pixels; height and width must be positive "
+                f"multiples of the patch size {patch_height} x {patch_width}"
+            )
+        return height // patch_height, width // patch_width
+
+    def trunk(self, images: Tensor) -> Tensor:
+        """All blocks but the last: images (B,3,H,W) -> tokens (B,1+N,D), the class token first."""
+        return self._run_blocks(images, self.layers - 1)
+
+    def layer_features(self, images: Tensor, layer: int) -> Tensor:
+        """The patch tokens that enter block `layer`: images (B,3,H,W) -> (B,D,gh,gw).
+
+        Raises:
+            InputError: a layer the tower does not have.
+        """
+        if not 0 <= layer < self.layers:
+            raise InputError(
+                f"layer={layer} is not accepted: the tower has blocks 0 to {self.layers - 1}"
+            )
+        rows, columns = self.grid(*images.shape[-2:])
+        tokens = self._run_blocks(images, layer)[:, 1:]
+        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+
+    def project(self, tokens: Tensor, names: str) -> dict[str, Tensor]:
+        """Queries, keys and values of the last block.
+
+        Args:
+            tokens: (B,L,D), as they enter the block.
+            names: which of "q", "k", "v", in this order.
+
+        Returns:
+            name -> (B,H,L,d).
+        """
+        attention = self.last.attn
+        # One product from the first to the last of the names: a slice of the packed weights.
+        first = _ATTENTION_INPUTS.index(names[0])
+        count = _ATTENTION_INPUTS.index(names[-1]) - first + 1
+        packed = slice(first * self.width, (first + count) * self.width)
+        bias = attention.in_proj_bias
+        projected = functional.linear(
+            self.last.ln_1(tokens),
+            attention.in_proj_weight[packed],
+            None if bias is None else bias[packed],
+        )
+        heads = projected.unflatten(-1, (count, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return {name: heads[_ATTENTION_INPUTS.index(name) - first] for name in names}
+
+    def attention_branch(self, heads: Tensor) -> Tensor:
+        """The output projection: what the heads gathered (B,H,N,d) -> (B,N,D)."""
+        return self.last.ls_1(self.last.attn.out_proj(heads.transpose(1, 2).flatten(2)))
+
+    def residual_branches(self, tokens: Tensor, branch: Tensor) -> Tensor:
+        """The rest of the last block as trained: residual, then the feed-forward network.
+
+        Args:
+            tokens: (B,N,D), as they enter the block.
+            branch: (B,N,D) or (B,1,D), of `attention_branch`.
+        """
+        tokens = tokens + branch
+        return tokens + self.last.ls_2(self.last.mlp(self.last.ln_2(tokens)))
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Into the space shared with text: (B,N,D) -> (B,N,E), not normalised."""
+        return self.visual.ln_post(tokens) @ self.visual.proj
+
+    def _run_blocks(self, images: Tensor, count: int) -> Tensor:
+        tokens = self._tokens(images)
+        transformer = self.visual.transformer
+        batch_first = getattr(transformer, "batch_first", False)
+        if not batch_first:
+            tokens = tokens.transpose(0, 1)
+        for block in transformer.resblocks[:count]:
+            tokens = block(tokens)
+        return tokens if batch_first else tokens.transpose(0, 1)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        """Patch and class embeddings with positions: (B,3,H,W) -> (B,1+N,D)."""
+        grid = self.grid(*images.shape[-2:])
+        patches = self.visual.conv1(images).flatten(2).transpose(1, 2)
+        first = self.visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        tokens = torch.cat([first, patches], dim=1)
+        return self.visual.ln_pre(tokens + self._positions(grid).to(tokens.dtype))
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        """Positional embeddings (1+N,D), resized bicubically where the grid is not the trained."""
+        positions = self.visual.positional_embedding
+        trained_grid = tuple(self.visual.grid_size)
+        if grid == trained_grid:
+            return positions
+        of_patches = positions[1:].unflatten(0, trained_grid).permute(2, 0, 1)[None]
+        # In float32: half-precision bicubic resizing is not there on every device.
+        resized = functional.interpolate(of_patches.float(), size=grid, mode="bicubic")
+        of_patches = resized[0].flatten(1).T.to(positions.dtype)
+        return torch.cat([positions[:1], of_patches])
+
+
+def _require_plain(visual: nn.Module) -> None:
+    parts = (
+        "conv1",
+        "class_embedding",
+        "positional_embedding",
+        "grid_size",
+        "ln_pre",
+        "transformer",
+        "ln_post",
+        "proj",
+    )
+    missing = [part for part in parts if getattr(visual, part, None) is None]
+    if missing:
+        raise InputError(
+            f"{type(visual).__name__} is not a plain open_clip VisionTransformer: it has no "
+            f"{', '.join(missing)}. Take a ViT model such as ViT-B-16, not a ResNet, ConvNeXt or "
+            "timm tower"
+        )
+    if getattr(visual, "attn_pool", None) is not None:
+        raise InputError(
+            "the vision tower pools by attention, which leaves no patch features in the space "
+            "shared with text; take a model without attentional pooling"
+        )
+    attention = getattr(visual.transformer.resblocks[-1], "attn", None)
+    if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None:
+        raise InputError(
+            "the last block of the vision tower does not hold PyTorch's multi-head attention with "
+            f"packed weights but {type(attention).__name__}; such custom blocks are not supported"
+        )
