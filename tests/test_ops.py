@@ -1,0 +1,137 @@
+"""The public boundary: checks, choice of backend, registration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fsa
+import fsa_kernels
+from fsa import FSAConfig, InputError
+
+LOGITS = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
+VALUE = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(1))
+SQUARE = torch.rand(2, 6, 6, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([1.0, 2.0],), "patch_logits must be a tensor"),
+        ((torch.randn(6, 4),), r"patch_logits must be \(B, N, C\); it has shape \(6, 4\)"),
+        ((torch.zeros(1, 2, 3, dtype=torch.int64),), "patch_logits has dtype torch.int64"),
+        ((torch.randn(1, 0, 3),), "patch_logits is empty"),
+        ((torch.randn(1, 5, 0),), "patch_logits is empty"),
+        ((LOGITS, torch.randn(2, 2, 4)), r"uniform_logits has shape \(2, 2, 4\)"),
+        ((LOGITS, torch.randn(2, 1, 5)), r"it must be \(2, 1, 4\) or \(2, 6, 4\)"),
+        ((LOGITS, torch.randn(1, 1, 4)), "uniform_logits has shape"),
+        ((LOGITS, torch.randn(2, 1, 4).double()), "uniform_logits has dtype"),
+        ((LOGITS, torch.randn(2, 1, 4, device="meta")), "uniform_logits has device meta"),
+        ((LOGITS.clone().fill_(float("nan")),), "patch_logits holds NaN or inf"),
+        ((LOGITS.clone().fill_(float("inf")),), "patch_logits holds NaN or inf"),
+        ((LOGITS, torch.full((2, 1, 4), float("-inf"))), "uniform_logits holds NaN or inf"),
+        ((LOGITS.clone().requires_grad_(),), "no_grad"),
+    ],
+)
+def test_bad_logits_are_refused_in_words(arguments, message):
+    with pytest.raises(InputError, match=message):
+        fsa.feedback_attention(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"value": VALUE[0]}, r"value must be \(B, H, N, d\)"),
+        ({"feedback": SQUARE[:, :5]}, r"feedback has shape \(2, 5, 6\)"),
+        ({"feedback": SQUARE.half()}, "feedback has dtype torch.float16"),
+        ({"attention": SQUARE[:1]}, r"attention has shape \(1, 6, 6\)"),
+        ({"attention": SQUARE[:, None]}, r"it must be \(2, 3, 6, 6\)"),
+        ({"attention": SQUARE[0]}, "attention must be"),
+        ({"attention": None}, "attention must be a tensor or a callable, not NoneType"),
+        ({"attended": VALUE[..., :2]}, "attended has shape"),
+        ({"config": {"beta": 3}}, "config must be an FSAConfig or None, not dict"),
+        ({"backend": "cuda"}, "backend='cuda' is not known"),
+    ],
+)
+def test_bad_arguments_of_adapt_are_refused_in_words(changes, message):
+    arguments = {"value": VALUE, "feedback": SQUARE, "attention": SQUARE, **changes}
+    with pytest.raises(InputError, match=message):
+        fsa.adapt(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("features", "value", "message"),
+    [
+        (torch.randn(1, 5, 3), torch.randn(1, 6, 3), "must agree"),
+        (torch.randn(5, 3), torch.randn(1, 5, 3), r"features must be \(B, N, F\)"),
+        (torch.randn(1, 5, 3).half(), torch.randn(1, 5, 3), "features has dtype"),
+        (torch.full((1, 5, 3), float("nan")), torch.randn(1, 5, 3), "features holds NaN"),
+    ],
+)
+def test_bad_arguments_of_proxy_attention_are_refused_in_words(features, value, message):
+    with pytest.raises(InputError, match=message):
+        fsa.proxy_attention(features, value)
+
+
+def test_inputs_that_require_grad_are_taken_under_no_grad():
+    logits = LOGITS.clone().requires_grad_()
+    with torch.no_grad():
+        assert not fsa.feedback_attention(logits).requires_grad
+
+
+def test_full_confidence_is_no_pruning():
+    everything = fsa.feedback_attention(LOGITS, config=FSAConfig(confidence=1.0))
+    assert torch.equal(everything, fsa.feedback_attention(LOGITS, config=FSAConfig(pruning=None)))
+    assert (everything > 0).all()
+
+
+def test_explain_says_what_runs_and_why():
+    explanation = fsa.explain(LOGITS)
+    assert explanation.backend == "torch"
+    assert "CPU" in str(explanation)
+    assert fsa.explain(LOGITS, backend="torch").reason == "asked for by name"
+    assert fsa.explain(device="cpu", dtype=torch.float16).backend == "torch"
+    with pytest.raises(InputError, match="not known"):
+        fsa.explain(LOGITS, backend="numpy")
+
+
+def test_triton_on_the_cpu_without_its_interpreter_is_refused_in_words(monkeypatch):
+    monkeypatch.setattr(fsa_kernels, "interpreting", lambda: False)
+    with pytest.raises(InputError, match="TRITON_INTERPRET=1"):
+        fsa.feedback_attention(LOGITS, backend="triton")
+
+
+def test_without_triton_the_reason_is_said_and_torch_works(monkeypatch):
+    monkeypatch.setattr(fsa_kernels, "available", lambda: False)
+    with pytest.raises(InputError, match="triton is not installed"):
+        fsa.feedback_attention(LOGITS, backend="triton")
+    assert fsa.feedback_attention(LOGITS).shape == (2, 6, 6)
+
+
+def test_float64_is_not_for_triton():
+    with pytest.raises(InputError, match="float64"):
+        fsa.feedback_attention(LOGITS.double(), backend="triton")
+
+
+@pytest.mark.parametrize("uniform", [None, "per image", "per patch"])
+def test_feedback_attention_is_a_clean_library_op(uniform):
+    uniform_logits = {
+        None: None,
+        "per image": torch.zeros(2, 1, 4),
+        "per patch": torch.zeros(2, 6, 4),
+    }[uniform]
+    arguments = (LOGITS, uniform_logits, 3.0, 0.45, "kl", "confidence", 0.4, 0.5, True, "exact")
+    torch.library.opcheck(torch.ops.fsa.feedback_attention, (*arguments, "torch"))
+
+
+@pytest.mark.parametrize("adaptations", ["only", "after,before,only"])
+@pytest.mark.parametrize("heads", ["shared", "per head"])
+def test_adapt_is_a_clean_library_op(adaptations, heads):
+    attention = SQUARE if heads == "shared" else SQUARE[:, None].repeat(1, 3, 1, 1)
+    arguments = (VALUE, SQUARE, attention, None, adaptations)
+    torch.library.opcheck(torch.ops.fsa.adapt, arguments)
+
+
+def test_proxy_attention_is_a_clean_library_op():
+    arguments = (LOGITS, torch.randn(2, 6, 8), 1.2, 3.0, "torch")
+    torch.library.opcheck(torch.ops.fsa.proxy_attention, arguments)
