@@ -1,0 +1,280 @@
+"""Trains the embedded model: image-level contrastive loss on composed scenes, no mask ever seen.
+
+    python -m fsa.tiny.train --pictographs DIR --out RUN_DIR
+
+DIR is what `python -m fsa.tiny.pictographs` wrote. Most steps see small scenes, each placed on a
+random part of the positional grid, which is four times cheaper than the full size; the last ones
+see scenes of the full size. The same command goes on where a stopped run was; RUN_DIR holds the
+checkpoint, the curve (curve.csv) and, at the end, tiny.safetensors with its checksum.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from open_clip.model import CLIP
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from fsa.tiny import CONFIG
+from fsa.tiny.scenes import Composer, Sprites, caption, load_sprites
+
+TRAIN_STYLES = ("noto", "twemoji")
+_CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training at one size of scene."""
+
+    size: int
+    object_sizes: tuple[int, int]
+    most_objects: int
+    batch: int
+
+
+SMALL = Phase(size=112, object_sizes=(30, 96), most_objects=3, batch=128)
+FULL = Phase(size=224, object_sizes=(36, 150), most_objects=5, batch=64)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how fast.
+
+    Attributes:
+        small_steps, full_steps: steps of each phase.
+        learning_rate: at its peak, after `warmup` steps; it then falls as a cosine to 0.
+        seed: of the weights and of every scene.
+    """
+
+    small_steps: int = 9000
+    full_steps: int = 600
+    learning_rate: float = 2e-3
+    warmup: int = 300
+    weight_decay: float = 0.05
+    seed: int = 0
+    workers: int = 1
+    save_every: int = 250
+
+    @property
+    def steps(self) -> int:
+        return self.small_steps + self.full_steps
+
+    def phase(self, step: int) -> Phase:
+        return SMALL if step < self.small_steps else FULL
+
+    def rate(self, step: int) -> float:
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class SceneDataset(Dataset):
+    """(image (3,S,S), tokens (L,)) by index; the same index is always the same scene."""
+
+    def __init__(self, sprites: Sprites, phase: Phase, seed: int, first: int, count: int) -> None:
+        self.composer = Composer(
+            sprites,
+            (phase.size, phase.size),
+            seed=seed,
+            object_sizes=phase.object_sizes,
+            most_objects=phase.most_objects,
+        )
+        self.tokenizer = open_clip.SimpleTokenizer(
+            context_length=CONFIG["text_cfg"]["context_length"]
+        )
+        self.seed = seed
+        self.first = first
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        index += self.first
+        scene = self.composer.scene(index)
+        sentence = caption(scene, np.random.default_rng((self.seed, index, 1)))
+        image = torch.from_numpy(scene.picture).permute(2, 0, 1)
+        return image, self.tokenizer([sentence])[0]
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 (B,3,S,S) -> float32, with CLIP's mean and deviation."""
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=images.device)[:, None, None]
+    deviation = torch.tensor(open_clip.OPENAI_DATASET_STD, device=images.device)[:, None, None]
+    return (images.float() / 255 - mean) / deviation
+
+
+def encode_scene(model: CLIP, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Unit features (B,E) of scenes (B,3,S,S) placed on a random part of the positional grid."""
+    visual = model.visual
+    patches = visual.conv1(images)
+    rows, columns = patches.shape[-2:]
+    whole_rows, whole_columns = visual.grid_size
+    top = int(torch.randint(whole_rows - rows + 1, (), generator=generator))
+    left = int(torch.randint(whole_columns - columns + 1, (), generator=generator))
+    positions = visual.positional_embedding[1:].unflatten(0, visual.grid_size)
+    positions = positions[top : top + rows, left : left + columns].flatten(0, 1)
+
+    tokens = patches.flatten(2).transpose(1, 2) + positions
+    first = visual.class_embedding + visual.positional_embedding[0]
+    tokens = torch.cat([first.expand(len(tokens), 1, -1).to(tokens.dtype), tokens], dim=1)
+    tokens = visual.transformer(visual.ln_pre(tokens))
+    return functional.normalize(visual.ln_post(tokens[:, 0]) @ visual.proj, dim=-1)
+
+
+def contrastive_loss(model: CLIP, image_features: Tensor, text_features: Tensor) -> Tensor:
+    """CLIP's: cross-entropy of pictures against texts and of texts against pictures."""
+    logits = model.logit_scale.exp() * image_features.float() @ text_features.float().T
+    target = torch.arange(len(logits), device=logits.device)
+    across = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
+    return across / 2
+
+
+def train(
+    sprites: Sprites, out: Path, plan: Plan, device: torch.device, *, progress: bool = True
+) -> Path:
+    """Trains, or goes on training, and returns the file of the weights."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(plan.seed)
+    model = CLIP(**CONFIG).to(device).train()
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": others}],
+        lr=plan.learning_rate,
+        betas=(0.9, 0.98),
+        fused=True,
+        weight_decay=0.0,
+    )
+    step = 0
+    if (out / _CHECKPOINT).exists():
+        saved = torch.load(out / _CHECKPOINT, map_location=device, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+
+    with tqdm(total=plan.steps, initial=step, disable=not progress, unit="step") as bar:
+        while step < plan.steps:
+            phase = plan.phase(step)
+            last = plan.small_steps if phase is SMALL else plan.steps
+            for images, tokens in _batches(sprites, plan, phase, step, last):
+                loss, accuracy = _update(
+                    model, optimizer, images.to(device), tokens.to(device), plan, step
+                )
+                step += 1
+                bar.update()
+                if step % 25 == 0:
+                    _log(out, step, loss, accuracy, plan.rate(step))
+                    bar.set_postfix(loss=f"{loss:.3f}", matched=f"{accuracy:.0%}")
+                if step % plan.save_every == 0 or step == plan.steps:
+                    _save(out, model, optimizer, step)
+    return export(model, out)
+
+
+def _batches(sprites: Sprites, plan: Plan, phase: Phase, step: int, last: int) -> DataLoader:
+    # Scene indices continue across both phases: none is seen twice.
+    offset = plan.small_steps * SMALL.batch if phase is FULL else 0
+    done = step if phase is SMALL else step - plan.small_steps
+    dataset = SceneDataset(
+        sprites,
+        phase,
+        plan.seed,
+        first=offset + done * phase.batch,
+        count=(last - step) * phase.batch,
+    )
+    return DataLoader(dataset, phase.batch, num_workers=plan.workers)
+
+
+def _update(
+    model: CLIP,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    tokens: Tensor,
+    plan: Plan,
+    step: int,
+) -> tuple[float, float]:
+    for group in optimizer.param_groups:
+        group["lr"] = plan.rate(step)
+    placement = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
+    with torch.autocast(images.device.type, dtype=torch.bfloat16):
+        image_features = encode_scene(model, normalise(images), placement)
+        text_features = model.encode_text(tokens, normalize=True)
+    loss = contrastive_loss(model, image_features, text_features)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        # As CLIP does: the temperature is kept from collapsing.
+        model.logit_scale.clamp_(0, math.log(100))
+        best = (image_features.float() @ text_features.float().T).argmax(dim=1)
+        accuracy = (best == torch.arange(len(best), device=best.device)).float().mean()
+    return float(loss), float(accuracy)
+
+
+def _log(out: Path, step: int, loss: float, accuracy: float, rate: float) -> None:
+    file = out / "curve.csv"
+    new = not file.exists()
+    with file.open("a", newline="") as stream:
+        writer = csv.writer(stream)
+        if new:
+            writer.writerow(["step", "unix_time", "loss", "batch_accuracy", "learning_rate"])
+        writer.writerow([step, int(time.time()), f"{loss:.4f}", f"{accuracy:.4f}", f"{rate:.2e}"])
+
+
+def _save(out: Path, model: CLIP, optimizer: torch.optim.Optimizer, step: int) -> None:
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+    temporary = out / f"{_CHECKPOINT}.part"
+    torch.save(state, temporary)
+    temporary.replace(out / _CHECKPOINT)
+
+
+def export(model: CLIP, out: Path) -> Path:
+    """Writes tiny.safetensors in half precision, and tiny.sha256 beside it."""
+    file = out / "tiny.safetensors"
+    state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, file, metadata={"format": "pt"})
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    file.with_suffix(".sha256").write_text(f"{digest}  {file.name}\n")
+    return file
+
+
+def main() -> None:
+    plan = Plan()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pictographs", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--small-steps", type=int, default=plan.small_steps)
+    parser.add_argument("--full-steps", type=int, default=plan.full_steps)
+    parser.add_argument("--learning-rate", type=float, default=plan.learning_rate)
+    parser.add_argument("--seed", type=int, default=plan.seed)
+    parser.add_argument("--workers", type=int, default=plan.workers)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = parser.parse_args()
+    plan = Plan(
+        small_steps=arguments.small_steps,
+        full_steps=arguments.full_steps,
+        learning_rate=arguments.learning_rate,
+        seed=arguments.seed,
+        workers=arguments.workers,
+    )
+    sprites = load_sprites(arguments.pictographs, TRAIN_STYLES)
+    print(train(sprites, arguments.out, plan, torch.device(arguments.device)))
+
+
+if __name__ == "__main__":
+    main()
