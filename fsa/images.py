@@ -1,0 +1,190 @@
+"""Pictures of every kind, read into one form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from fsa.errors import InputError
+
+MAX_PIXELS = 100_000_000
+"""Larger pictures are refused before they are decoded."""
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+
+_SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in memory.
+
+    Attributes:
+        rgb: (3,H,W) uint8.
+        name: of the file without its extension, or "picture".
+    """
+
+    rgb: Tensor
+    name: str
+
+
+def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Picture:
+    """A picture from a file, from Pillow, from an array or from a tensor.
+
+    Args:
+        source: a path; a PIL image; an array (H,W), (H,W,1), (H,W,3) or (H,W,4); or a tensor
+            (H,W), (1,H,W), (3,H,W) or (4,H,W). Arrays and tensors hold uint8, uint16, or floats in
+            [0, 1].
+        max_pixels: pictures with more are refused.
+
+    EXIF orientation is applied; transparency is laid over white; 16 bits become 8.
+
+    Raises:
+        InputError: a file or a value that is no picture; the message names it.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        return Picture(_from_file(path, max_pixels), path.stem)
+    if isinstance(source, Picture):
+        return source
+    if isinstance(source, Image.Image):
+        return Picture(_from_pillow(source, "the picture", max_pixels), "picture")
+    if isinstance(source, Tensor):
+        array = source.detach().cpu()
+        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+            array = array.permute(1, 2, 0)
+        elif array.ndim != 2:
+            raise InputError(
+                "a picture as a tensor must be (H, W), (1, H, W), (3, H, W) or (4, H, W); it has "
+                f"shape {tuple(source.shape)}"
+            )
+        if array.dtype in (torch.bfloat16, torch.float16):
+            array = array.float()
+        return Picture(_from_array(array.numpy(), max_pixels), "picture")
+    if isinstance(source, np.ndarray):
+        return Picture(_from_array(source, max_pixels), "picture")
+    raise InputError(
+        f"a picture must be a path, a PIL image, an array or a tensor, not {type(source).__name__}"
+    )
+
+
+def list_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """The files behind a list of files and directories, each directory's sorted by name.
+
+    Files are taken whatever they are called; in a directory only those with the extension of a
+    picture that are not hidden.
+
+    Raises:
+        InputError: a path that does not exist, or a directory without pictures.
+    """
+    files: list[Path] = []
+    for source in map(Path, sources):
+        if not source.is_dir():
+            if not source.exists():
+                raise InputError(f"{source}: no such file or directory")
+            files.append(source)
+            continue
+        found = sorted(
+            path
+            for path in source.iterdir()
+            if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
+        )
+        if not found:
+            raise InputError(f"{source}: the directory holds no pictures ({', '.join(EXTENSIONS)})")
+        files.extend(found)
+    return files
+
+
+def _from_file(path: Path, max_pixels: int) -> Tensor:
+    if path.is_dir():
+        raise InputError(f"{path}: this is a directory, not a picture")
+    if not path.exists():
+        raise InputError(f"{path}: no such file")
+    try:
+        with Image.open(path) as opened:
+            return _from_pillow(opened, str(path), max_pixels)
+    except InputError:
+        raise
+    except UnidentifiedImageError:
+        raise InputError(f"{path}: not a picture in a format that Pillow reads") from None
+    except Image.DecompressionBombError:
+        raise InputError(_too_large(str(path), max_pixels)) from None
+    # Pillow's decoders raise these, and more of their own, for truncated and malformed files.
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"{path}: the picture cannot be read ({reason})") from None
+
+
+def _from_pillow(image: Image.Image, name: str, max_pixels: int) -> Tensor:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise InputError(f"{name}: the picture is empty ({width} x {height})")
+    if width * height > max_pixels:
+        raise InputError(_too_large(name, max_pixels, (width, height)))
+    image = ImageOps.exif_transpose(image)
+    if image.mode in _SIXTEEN_BIT_MODES:
+        grey = np.asarray(image).astype(np.int64)
+        return _to_tensor(np.repeat(_to_8_bits(grey)[..., None], 3, axis=-1))
+    if image.mode == "F":
+        raise InputError(f"{name}: pictures of floating-point numbers have no agreed range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return _to_tensor(np.asarray(image.convert("RGB")))
+
+
+def _from_array(array: np.ndarray, max_pixels: int) -> Tensor:
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] not in (1, 3, 4) or 0 in array.shape:
+        raise InputError(
+            "a picture as an array must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); it has shape "
+            f"{array.shape}"
+        )
+    if array.shape[0] * array.shape[1] > max_pixels:
+        raise InputError(_too_large("the picture", max_pixels, array.shape[1::-1]))
+    if np.issubdtype(array.dtype, np.floating):
+        if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
+            raise InputError("a picture of floating-point numbers must hold values in [0, 1]")
+        array = (array * 255).round().astype(np.uint8)
+    elif array.dtype == np.uint16:
+        array = _to_8_bits(array.astype(np.int64))
+    elif array.dtype != np.uint8:
+        raise InputError(
+            f"a picture must hold uint8, uint16 or floats in [0, 1], not {array.dtype}"
+        )
+    if array.shape[-1] == 4:
+        opacity = array[..., 3:].astype(np.float32) / 255
+        array = (array[..., :3] * opacity + 255 * (1 - opacity)).round().astype(np.uint8)
+    elif array.shape[-1] == 1:
+        array = np.repeat(array, 3, axis=-1)
+    return _to_tensor(array)
+
+
+def _to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """Values of 0 to 65535, or of 0 to 255 in a wide type, as uint8."""
+    grey = np.clip(grey, 0, 65535)
+    if grey.max(initial=0) <= 255:
+        return grey.astype(np.uint8)
+    return ((grey * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _to_tensor(rgb: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
+
+
+def _too_large(name: str, max_pixels: int, size: tuple[int, ...] | None = None) -> str:
+    of_size = f" of {size[0]} x {size[1]}" if size else ""
+    return (
+        f"{name}: the picture{of_size} has more than {max_pixels / 1e6:g} megapixels; "
+        "make it smaller first"
+    )
