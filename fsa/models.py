@@ -178,9 +178,7 @@ def _load_tiny(pretrained: str | None, device: torch.device, dtype: torch.dtype)
     )
 
 
-def _weights(
-    name: str, pretrained: str | None, cache_dir: str | None
-) -> tuple[str | None, Path]:
+def _weights(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[str | None, Path]:
     """(tag, file), or (None, file) for a local checkpoint."""
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained is None:
@@ -235,9 +233,7 @@ def _load_into(model: nn.Module, file: Path, name: str) -> None:
             raise InputError(_unreadable(file)) from None
         lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
         shown = " ".join(lines[:_MISMATCHES_NAMED])
-        raise InputError(
-            f"{file}: this checkpoint does not fit {name}. {shown[:400]}"
-        ) from None
+        raise InputError(f"{file}: this checkpoint does not fit {name}. {shown[:400]}") from None
     # Whatever a broken or hostile file makes the readers raise; nothing in it was executed.
     except Exception:
         raise InputError(_unreadable(file)) from None

@@ -142,7 +142,7 @@ def test_a_host_with_feedback_is_the_definition_written_with_matrices(name, pair
 def test_maskclip_is_the_definition_with_the_identity(residual):
     visual = random_tower().double()
     images, text, _ = random_inputs(dtype=torch.float64)
-    tower, tokens, matrix, value = last_attention(visual, images, ())
+    tower, tokens, _, value = last_attention(visual, images, ())
     value = value[:, :, 1:]
 
     def tail(heads):

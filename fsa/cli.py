@@ -1,0 +1,252 @@
+"""The command `fsa`: segment pictures, show the demo, say what this machine runs.
+
+Nothing heavy is imported before a command needs it, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fsa.errors import FSAError, InputError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from fsa.config import FSAConfig
+    from fsa.result import Segmentation
+    from fsa.segmentor import Segmentor
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Open-vocabulary segmentation with CLIP and feedback self-adaptive attention (FSA).",
+)
+
+_CLASSES_SHOWN = 4
+
+
+class HostName(str, Enum):
+    """The hosts, spelled out here so that help needs no model code."""
+
+    clip = "clip"
+    maskclip = "maskclip"
+    sclip = "sclip"
+    clearclip = "clearclip"
+    proxyclip = "proxyclip"
+    qk = "qk"
+    qq = "qq"
+    kk = "kk"
+    vv = "vv"
+
+
+class Backend(str, Enum):
+    """The backends of the ops."""
+
+    auto = "auto"
+    triton = "triton"
+    torch = "torch"
+
+
+def main() -> None:
+    """Runs the command; an error of ours is one line on stderr and exit code 1."""
+    try:
+        app()
+    except FSAError as error:
+        typer.echo(f"fsa: {error}", err=True)
+        sys.exit(1)
+
+
+@app.command()
+def segment(
+    pictures: Annotated[
+        list[Path], typer.Argument(help="Pictures, or directories of them.", show_default=False)
+    ],
+    classes: Annotated[
+        str, typer.Option(help='Class names: "cat; dog, puppy; grass". Commas part synonyms.')
+    ] = "",
+    classes_file: Annotated[
+        Path | None, typer.Option(help="The same from a file, one class a line.")
+    ] = None,
+    host: Annotated[HostName, typer.Option(help="The segmentor.")] = HostName.clearclip,
+    model: Annotated[
+        str, typer.Option(help='"tiny" (embedded), or an open_clip name such as ViT-B-16.')
+    ] = "tiny",
+    pretrained: Annotated[
+        str | None, typer.Option(help="A tag of open_clip's, or a checkpoint file.")
+    ] = None,
+    vfm: Annotated[
+        str | None, typer.Option(help="For proxyclip: dino, dinov2, sam, mae, layer, layer:K.")
+    ] = None,
+    vfm_pretrained: Annotated[
+        str | None, typer.Option(help="A checkpoint file for the vfm.")
+    ] = None,
+    feedback: Annotated[
+        bool, typer.Option("--feedback/--no-feedback", help="With FSA, or the host alone.")
+    ] = True,
+    beta: Annotated[float | None, typer.Option(help="Sharpness of the scaling.")] = None,
+    confidence: Annotated[
+        float | None, typer.Option(help="Cumulative confidence that is kept.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Side of the sliding window.")] = None,
+    stride: Annotated[int | None, typer.Option(help="From one window to the next.")] = None,
+    short_side: Annotated[
+        int | None, typer.Option(help="To which pictures are resized first.")
+    ] = None,
+    prob_thd: Annotated[float, typer.Option(help="Less probable pixels become background.")] = 0.0,
+    background: Annotated[
+        str | None, typer.Option(help="The class they become; added if there is none.")
+    ] = None,
+    window_batch: Annotated[int, typer.Option(help="Windows computed at once.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    backend: Annotated[Backend, typer.Option(help="Of the ops.")] = Backend.auto,
+    out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("fsa-out"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")] = False,
+) -> None:
+    """Label every pixel of pictures with the classes you name.
+
+    For each picture: NAME-labels.png with a palette, NAME-overlay.png with a legend, and NAME.json
+    with areas and settings. A picture that fails does not stop the others.
+    """
+    # What can be wrong is found before the models are loaded.
+    from fsa.images import list_pictures
+    from fsa.result import make_directory
+
+    class_list = _classes(classes, classes_file)
+    files = list_pictures(pictures)
+    make_directory(out)
+
+    from fsa.segmentor import load_segmentor
+
+    segmentor = load_segmentor(
+        host.value,
+        model,
+        pretrained,
+        vfm,
+        feedback=feedback,
+        device=device,
+        dtype=dtype,
+        backend=backend.value,
+        vfm_pretrained=vfm_pretrained,
+    )
+    segmentor = segmentor.with_feedback(_feedback(segmentor, beta, confidence))
+    failures = _segment_all(
+        segmentor,
+        files,
+        class_list,
+        out,
+        quiet,
+        {
+            "window": window,
+            "stride": stride,
+            "short_side": short_side,
+            "prob_thd": prob_thd,
+            "background": background,
+            "window_batch": window_batch,
+        },
+    )
+    if failures:
+        typer.echo(f"{len(failures)} of {len(files)} pictures failed:", err=True)
+        for message in failures:
+            typer.echo(f"  {message}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The picture that is written.")] = Path("fsa-demo.png"),
+) -> None:
+    """Segment shipped pictures with each host, without and with FSA, side by side in one PNG."""
+    from fsa.demo import run
+
+    run(out)
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices, and which backend runs where and why."""
+    from fsa.environment import report
+
+    typer.echo(report())
+
+
+def _classes(text: str, file: Path | None) -> list[list[str]]:
+    if bool(text.strip()) == (file is not None):
+        raise InputError('pass the classes as --classes "cat; dog, puppy", or as --classes-file')
+    from fsa.text import parse_class_text
+
+    if file is None:
+        return parse_class_text(text)
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
+        raise InputError(f"{file}: the classes cannot be read ({reason})") from None
+    return parse_class_text(";".join(lines))
+
+
+def _feedback(
+    segmentor: Segmentor, beta: float | None, confidence: float | None
+) -> FSAConfig | bool:
+    changes = {"beta": beta, "confidence": confidence}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if segmentor.config is None:
+        if changes:
+            raise InputError("--beta and --confidence are for feedback, which --no-feedback is off")
+        return False
+    return segmentor.config.replace(**changes)
+
+
+def _segment_all(
+    segmentor: Segmentor,
+    files: list[Path],
+    classes: list[list[str]],
+    out: Path,
+    quiet: bool,
+    options: dict[str, object],
+) -> list[str]:
+    """Segments and saves each picture; returns what went wrong, a line each."""
+    from tqdm import tqdm
+
+    from fsa.result import safe_stem
+
+    failures: list[str] = []
+    taken: set[str] = set()
+    with tqdm(total=len(files), unit="picture", disable=quiet, file=sys.stderr) as bar:
+        for file in files:
+            # Pictures of the same name in different directories do not overwrite each other.
+            stem = plain = safe_stem(file.stem)
+            number = 2
+            while stem in taken:
+                stem = f"{plain}-{number}"
+                number += 1
+            taken.add(stem)
+            try:
+                result = segmentor.segment(
+                    file, classes, progress=_window_progress(bar, file), **options
+                )
+                written = result.save(out, stem)
+            except FSAError as error:
+                failures.append(str(error))
+            else:
+                if not quiet:
+                    bar.write(_summary(file, result, written["overlay"]), file=sys.stdout)
+            bar.update()
+    return failures
+
+
+def _window_progress(bar: tqdm, file: Path):
+    return lambda done, total: bar.set_postfix_str(f"{file.name}: window {done}/{total}")
+
+
+def _summary(file: Path, result: Segmentation, overlay: Path) -> str:
+    present = [(name, share) for name, share in result.areas().items() if share > 0]
+    shown = ", ".join(f"{name} {share:.0%}" for name, share in present[:_CLASSES_SHOWN])
+    more = f", {len(present) - _CLASSES_SHOWN} more" if len(present) > _CLASSES_SHOWN else ""
+    return f"{file.name}: {shown}{more} -> {overlay}"

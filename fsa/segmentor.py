@@ -1,0 +1,396 @@
+"""From a picture and class names to labels: the whole pipeline, and its result."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import fsa
+from fsa import hosts, windows
+from fsa.config import FSAConfig
+from fsa.errors import InputError
+from fsa.images import Picture, read_image
+from fsa.models import TINY, LoadedModel, load_model
+from fsa.result import Segmentation
+from fsa.text import Classes, TextEncoder, TextQueries
+from fsa.vfm import LAYER, VFM, load_vfm
+
+SEGMENTATION_SCALE = 40.0
+"""The merged cosines are multiplied with it before the softmax over queries."""
+
+_DEFAULT_VFM = "dino"
+_BACKGROUND = "background"
+_LARGEST_SIDE = 16384
+# Entries of one strip of full-size logits: 256 MiB in float32.
+_STRIP_ENTRIES = 1 << 26
+
+
+@dataclass(frozen=True)
+class _Protocol:
+    """Default sizes in pixels: of the short side, of a window, from one window to the next."""
+
+    short_side: int
+    window: int
+    stride: int
+
+
+# The papers' window of 336 with a stride of 112 for CLIP; the embedded model's own size.
+_PAPER = _Protocol(short_side=336, window=336, stride=112)
+_TINY = _Protocol(short_side=336, window=224, stride=112)
+
+
+def load_segmentor(
+    host: str = "clearclip",
+    model: str = TINY,
+    pretrained: str | None = None,
+    vfm: str | Callable[[Tensor], Tensor] | None = None,
+    feedback: bool | FSAConfig = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    backend: str = "auto",
+    cache_dir: str | None = None,
+    *,
+    vfm_pretrained: bool | str | None = None,
+) -> Segmentor:
+    """A segmentor for any class names.
+
+    Args:
+        host: "clip", "maskclip", "sclip", "clearclip", "proxyclip", "qk", "qq", "kk" or "vv".
+        model: "tiny", the embedded model, or a name of open_clip's such as "ViT-B-16".
+        pretrained: a tag of open_clip's or the path of a checkpoint; see `fsa.models.load_model`.
+        vfm: for "proxyclip" only: see `fsa.vfm.load_vfm`; default "dino", and for the embedded
+            model "layer", which needs no second model.
+        feedback: True for the published configuration, False for the host alone, or a
+            configuration.
+        device: default the GPU if there is one, else the CPU.
+        dtype: default float16 on a GPU and float32 on the CPU.
+        backend: of the ops: "auto", "triton" or "torch".
+        cache_dir: where downloaded weights are kept.
+        vfm_pretrained: weights of the vfm; see `fsa.vfm.load_vfm`.
+
+    Raises:
+        InputError: an argument that is not accepted.
+        ModelUnavailableError: weights that are not there or cannot be fetched.
+    """
+    needs_vfm = hosts.host_class(host).needs_vfm
+    if vfm is not None and not needs_vfm:
+        raise InputError(f"vfm was given, but host {host!r} takes none; it is for 'proxyclip'")
+    if vfm_pretrained is not None and not needs_vfm:
+        raise InputError(
+            f"vfm_pretrained was given, but host {host!r} takes no vfm; it is for 'proxyclip'"
+        )
+    loaded = load_model(model, pretrained, device=device, dtype=dtype, cache_dir=cache_dir)
+    built = hosts.build(host, loaded.model.visual, backend=backend)
+    proxy = None
+    if needs_vfm:
+        proxy = load_vfm(
+            vfm if vfm is not None else (LAYER if model == TINY else _DEFAULT_VFM),
+            tower=built.tower,
+            mean=loaded.mean,
+            std=loaded.std,
+            pretrained=vfm_pretrained,
+            cache_dir=cache_dir,
+        )
+    # Raises here, before any picture, where the backend cannot run.
+    fsa.explain(device=loaded.device, dtype=loaded.dtype, backend=backend)
+    config = _resolve_feedback(feedback, proxy, model)
+    return Segmentor(host, built, loaded, TextEncoder(loaded), proxy, config)
+
+
+class Segmentor:
+    """Segments pictures into any classes; made by `load_segmentor`.
+
+    Attributes:
+        host_name: as `load_segmentor` took it.
+        host: the module behind it.
+        loaded: the CLIP model.
+        vfm: ProxyCLIP's other model, or None.
+        config: how feedback is computed, or None for the host alone.
+    """
+
+    def __init__(
+        self,
+        host_name: str,
+        host: hosts.Host,
+        loaded: LoadedModel,
+        text: TextEncoder,
+        vfm: VFM | None,
+        config: FSAConfig | None,
+    ) -> None:
+        self.host_name = host_name
+        self.host = host
+        self.loaded = loaded
+        self.vfm = vfm
+        self.config = config
+        self._text = text
+
+    def with_feedback(self, feedback: bool | FSAConfig) -> Segmentor:
+        """The same models with another configuration of feedback."""
+        config = _resolve_feedback(feedback, self.vfm, self.loaded.name)
+        return Segmentor(self.host_name, self.host, self.loaded, self._text, self.vfm, config)
+
+    def with_host(
+        self, host: str, *, vfm: str | Callable[[Tensor], Tensor] | None = None
+    ) -> Segmentor:
+        """The same CLIP model and feedback under another host.
+
+        Args:
+            host: as in `load_segmentor`.
+            vfm: for "proxyclip": as in `load_segmentor`; default "layer".
+        """
+        built = hosts.build(host, self.loaded.model.visual, backend=self.host.backend)
+        proxy = None
+        if built.needs_vfm:
+            proxy = load_vfm(
+                vfm if vfm is not None else LAYER,
+                tower=built.tower,
+                mean=self.loaded.mean,
+                std=self.loaded.std,
+            )
+        elif vfm is not None:
+            raise InputError(f"vfm was given, but host {host!r} takes none; it is for 'proxyclip'")
+        return Segmentor(host, built, self.loaded, self._text, proxy, self.config)
+
+    def segment(
+        self,
+        image: Any,
+        classes: Classes,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        short_side: int | None = None,
+        prob_thd: float = 0.0,
+        background: str | int | None = None,
+        window_batch: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Segmentation:
+        """Labels every pixel of a picture with one of the classes.
+
+        Args:
+            image: a path, PIL image, array or tensor; see `fsa.images.read_image`.
+            classes: names, each a string or a list of synonyms.
+            window: side of the sliding window in pixels of the resized picture; default 336, and
+                224 for the embedded model.
+            stride: from one window to the next; default 112.
+            short_side: to which the picture is resized first; default 336.
+            prob_thd: pixels whose best class has a lower probability become background.
+            background: what they become: a class by name or number, or another name, which is
+                added as a last class; default a class "background" if there is one, else added.
+            window_batch: how many windows are computed at once; no influence on the result.
+            progress: called with (windows done, windows in all).
+
+        Raises:
+            InputError: a picture or an argument that is not accepted.
+        """
+        start = time.perf_counter()
+        sizes = self._sizes(window, stride, short_side)
+        if isinstance(window_batch, bool) or not isinstance(window_batch, int) or window_batch < 1:
+            raise InputError(f"window_batch={window_batch!r} must be an integer >= 1")
+        picture = read_image(image)
+        queries = self._text.encode(classes)
+        names, background_index = _background(queries.names, prob_thd, background)
+        with torch.inference_mode():
+            cosines = self._merged_cosines(picture, queries, sizes, window_batch, progress)
+            labels = _labels(
+                cosines, queries, tuple(picture.rgb.shape[-2:]), prob_thd, background_index
+            )
+            scores = _class_probabilities(cosines, queries)
+        settings = {
+            "fsa": fsa.__version__,
+            "torch": torch.__version__,
+            "host": self.host_name,
+            "model": self.loaded.name,
+            "pretrained": self.loaded.pretrained,
+            "vfm": self.vfm.name if self.vfm else None,
+            "feedback": self.config.to_dict() if self.config else None,
+            "short_side": sizes.short_side,
+            "window": sizes.window,
+            "stride": sizes.stride,
+            "prob_thd": prob_thd,
+            "background": names[background_index] if background_index is not None else None,
+            "classes": [list(c) if not isinstance(c, str) else [c] for c in classes],
+            "backend": self.host.backend,
+            "device": str(self.loaded.device),
+            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        return Segmentation(
+            labels=labels.cpu().numpy(),
+            scores=scores.cpu().numpy(),
+            class_names=list(names),
+            settings=settings,
+            picture=picture,
+        )
+
+    def _sizes(self, window: int | None, stride: int | None, short_side: int | None) -> _Protocol:
+        default = _TINY if self.loaded.name == TINY else _PAPER
+        window = default.window if window is None else window
+        sizes = _Protocol(
+            short_side=default.short_side if short_side is None else short_side,
+            window=window,
+            stride=min(default.stride, window) if stride is None else stride,
+        )
+        patch = max(self.host.tower.patch_size)
+        for name, value, least, most in (
+            ("window", sizes.window, patch, _LARGEST_SIDE),
+            ("stride", sizes.stride, 1, sizes.window),
+            ("short_side", sizes.short_side, patch, _LARGEST_SIDE),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise InputError(
+                    f"{name}={value!r} is not accepted: it must be an integer from {least} to {most}"
+                )
+        return sizes
+
+    def _merged_cosines(
+        self,
+        picture: Picture,
+        queries: TextQueries,
+        sizes: _Protocol,
+        window_batch: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> Tensor:
+        """Cosines (Q,h,w) at the working size, averaged over the windows."""
+        image = self._working_image(picture, sizes.short_side)
+        height, width = image.shape[-2:]
+        parts = windows.plan(height, width, sizes.window, sizes.stride)
+        merger = windows.WindowMerger(len(queries.features), height, width, image.device)
+        for first in range(0, len(parts), window_batch):
+            batch = parts[first : first + window_batch]
+            crops = torch.stack([image[(slice(None), *part.slices)] for part in batch])
+            for part, cosines in zip(batch, self._window_cosines(crops, queries), strict=True):
+                merger.add(part, cosines)
+            if progress is not None:
+                progress(min(first + window_batch, len(parts)), len(parts))
+        return merger.mean()
+
+    def _working_image(self, picture: Picture, short_side: int) -> Tensor:
+        """The picture resized and normalised, (3,h,w) float32 on the model's device."""
+        height, width = picture.rgb.shape[-2:]
+        scale = short_side / min(height, width)
+        size = tuple(min(_LARGEST_SIDE, max(1, round(side * scale))) for side in (height, width))
+        device = self.loaded.device
+        image = picture.rgb.to(device).float()[None] / 255
+        if size != (height, width):
+            image = functional.interpolate(image, size=size, mode="bilinear", antialias=True)
+        mean = torch.tensor(self.loaded.mean, device=device)[:, None, None]
+        std = torch.tensor(self.loaded.std, device=device)[:, None, None]
+        return (image[0] - mean) / std
+
+    def _window_cosines(self, crops: Tensor, queries: TextQueries) -> Tensor:
+        """Cosines (B,Q,h,w) of windows (B,3,h,w), upsampled to the windows' size."""
+        height, width = crops.shape[-2:]
+        of_vfm = self.vfm.multiple if self.vfm else 1
+        multiple = tuple(math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
+        padded, (top, left) = windows.pad_to_multiple(crops, multiple)
+        padded = padded.to(self.loaded.dtype)
+        vfm_features = self.vfm(padded) if self.vfm else None
+        features = self.host.features(
+            padded, queries.features, vfm_features=vfm_features, config=self.config
+        )
+        unit = functional.normalize(features.float(), dim=-1)
+        cosines = (unit @ queries.features.T).transpose(1, 2)
+        grid = self.host.grid(*padded.shape[-2:], vfm_features)
+        maps = functional.interpolate(
+            cosines.unflatten(2, grid), size=padded.shape[-2:], mode="bilinear"
+        )
+        return maps[..., top : top + height, left : left + width]
+
+
+def _resolve_feedback(feedback: bool | FSAConfig, vfm: VFM | None, model: str) -> FSAConfig | None:
+    if isinstance(feedback, FSAConfig):
+        return feedback
+    if not isinstance(feedback, bool):
+        raise InputError(
+            f"feedback must be True, False or an FSAConfig, not {type(feedback).__name__}"
+        )
+    return FSAConfig.preset(vfm=vfm.name if vfm else None, model=model) if feedback else None
+
+
+def _background(
+    names: tuple[str, ...], prob_thd: float, background: str | int | None
+) -> tuple[tuple[str, ...], int | None]:
+    """The names with the background among them, and its index; None where there is none."""
+    if (
+        isinstance(prob_thd, bool)
+        or not isinstance(prob_thd, (int, float))
+        or (not 0 <= prob_thd <= 1)
+    ):
+        raise InputError(f"prob_thd={prob_thd!r} must be a number from 0 to 1")
+    if isinstance(background, int) and not isinstance(background, bool):
+        if not 0 <= background < len(names):
+            raise InputError(
+                f"background={background} is not the number of a class: there are {len(names)}"
+            )
+        index = background
+    elif background is None or (isinstance(background, str) and background.strip()):
+        name = (background or _BACKGROUND).strip()
+        folded = [known.casefold() for known in names]
+        if name.casefold() in folded:
+            index = folded.index(name.casefold())
+        else:
+            index = len(names)
+            if prob_thd > 0:
+                names = (*names, name)
+    else:
+        raise InputError(f"background={background!r} must be the name or the number of a class")
+    return names, index if prob_thd > 0 else None
+
+
+def _class_probabilities(cosines: Tensor, queries: TextQueries) -> Tensor:
+    """Probabilities (C,h,w): softmax over queries (Q,h,w), the best of a class's names."""
+    probabilities = (cosines * SEGMENTATION_SCALE).softmax(dim=0)
+    if len(queries.names) == len(queries.class_index):
+        return probabilities
+    index = queries.class_index[:, None, None].expand_as(probabilities)
+    best = probabilities.new_zeros((len(queries.names), *probabilities.shape[1:]))
+    return best.scatter_reduce(0, index, probabilities, "amax", include_self=True)
+
+
+def _labels(
+    cosines: Tensor,
+    queries: TextQueries,
+    size: tuple[int, int],
+    prob_thd: float,
+    background_index: int | None,
+) -> Tensor:
+    """Labels (H,W) int32 at the picture's own size.
+
+    The logits are upsampled in strips of rows, so that memory does not grow with classes times
+    pixels.
+    """
+    height, width = size
+    labels = torch.empty(size, dtype=torch.int32, device=cosines.device)
+    rows = max(1, _STRIP_ENTRIES // (len(cosines) * width))
+    for top in range(0, height, rows):
+        strip = slice(top, min(top + rows, height))
+        probabilities = _class_probabilities(_upsampled_rows(cosines, size, strip), queries)
+        best, index = probabilities.max(dim=0)
+        if background_index is not None:
+            index = index.masked_fill(best < prob_thd, background_index)
+        labels[strip] = index.int()
+    return labels
+
+
+def _upsampled_rows(maps: Tensor, size: tuple[int, int], strip: slice) -> Tensor:
+    """Rows `strip` of maps (Q,h,w) resized bilinearly to `size`."""
+    height, width = size
+    if strip == slice(0, height):
+        return functional.interpolate(maps[None], size=size, mode="bilinear")[0]
+    # Where output rows fall between input rows, as bilinear resizing has it.
+    centre = (torch.arange(strip.start, strip.stop, device=maps.device) + 0.5) * (
+        maps.shape[1] / height
+    ) - 0.5
+    centre = centre.clamp(0, maps.shape[1] - 1)
+    upper = centre.floor().long()
+    lower = (upper + 1).clamp(max=maps.shape[1] - 1)
+    weight = (centre - upper).to(maps.dtype)[:, None]
+    mixed = maps[:, upper] * (1 - weight) + maps[:, lower] * weight
+    return functional.interpolate(mixed[None], size=(len(centre), width), mode="bilinear")[0]
