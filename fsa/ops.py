@@ -6,6 +6,7 @@ the attention of ProxyCLIP, which needs the same care (no N x N matrix). All are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -177,6 +178,10 @@ def proxy_attention(
             "the first two sizes, images and patches, must agree"
         )
     _check_same("features", features, "value", value)
+    if not (math.isfinite(shift) and math.isfinite(gain) and gain > 0):
+        raise InputError(
+            f"shift={shift!r} and gain={gain!r} are not accepted: they must be finite, gain > 0"
+        )
     chosen = _choose(value.device, value.dtype, backend)
     return torch.ops.fsa.proxy_attention(features, value, shift, gain, chosen.backend)
 

@@ -244,9 +244,7 @@ class Segmentor:
             ("short_side", sizes.short_side, patch, _LARGEST_SIDE),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise InputError(
-                    f"{name}={value!r} is not accepted: it must be an integer from {least} to {most}"
-                )
+                raise InputError(f"{name}={value!r} must be an integer from {least} to {most}")
         return sizes
 
     def _merged_cosines(

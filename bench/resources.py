@@ -1,0 +1,241 @@
+"""What each kernel takes of a chip: compiled ahead of time, no GPU needed.
+
+    python -m bench resources
+
+prints registers, spills and shared memory of every launch of the table for sm_80, sm_90 and
+sm_100, and exits with 1 where something spills or does not fit.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fsa_kernels import launch
+
+# Shared memory that one program may take, in bytes.
+CHIPS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+}
+# What the launcher finds about its arguments in the usual case: contiguous classes, features and
+# columns; allocations, padded sizes and the widths of models are multiples of 16.
+_ONES = ("stride_zc", "stride_uc", "stride_xf", "stride_vd")
+_MULTIPLES_OF_16 = (
+    "D",
+    "padded_C",
+    "padded_F",
+    "padded_N",
+    "stride_operand",
+    "stride_vb",
+    "stride_vn",
+    "stride_xb",
+    "stride_xn",
+)
+_FLOATS = ("beta", "share", "limit", "shift", "gain")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compiled kernel of the launch table."""
+
+    name: str
+    kernel: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one program of a variant takes on one chip."""
+
+    variant: Variant
+    chip: int
+    registers: int
+    spilled: int
+    shared: int
+    tensor_cores: str
+
+    @property
+    def fits(self) -> bool:
+        return self.spilled == 0 and self.shared <= CHIPS[self.chip]
+
+
+def variants() -> Iterator[Variant]:
+    """Every kernel in every bucket of the launch table that users meet."""
+    from fsa_kernels import feedback, proxy
+
+    def variant(name, kernel, pointers, plan, **constants) -> Variant:
+        return Variant(
+            name,
+            kernel,
+            pointers,
+            {**constants, **plan.constants},
+            plan.num_warps,
+            plan.num_stages,
+        )
+
+    for dtype, pointer in _POINTERS.items():
+        label = str(dtype).removeprefix("torch.")
+        for C in (21, 171):
+            plan = launch.isolate(C)
+            pointers = {
+                "z_ptr": pointer,
+                "u_ptr": pointer,
+                "operands_ptr": "*fp16",
+                "h_ptr": "*fp32",
+            }
+            yield variant(
+                f"isolate C<={plan.constants['BLOCK_C']} {label}",
+                feedback._isolate_kernel,
+                pointers,
+                plan,
+                HAS_UNIFORM=True,
+                COSINE=False,
+                SAMPLES=feedback._SAMPLES,
+            )
+    for N in (512, 4096):
+        for exact in (True, False):
+            yield variant(
+                f"similarity N{'<=' if N == 512 else '>'}512 {'exact' if exact else 'fast'}",
+                feedback._similarity_kernel,
+                {"operands_ptr": "*fp16", "h_ptr": "*fp32", "s_ptr": "*fp32"},
+                launch.similarity(N),
+                COSINE=False,
+                EXACT=exact,
+                BLOCK_K=launch.CLASS_STEP,
+            )
+    for N in (196, 441, 784, 1764, 4096, 8192, 16384):
+        plan = launch.select(N)
+        yield variant(
+            f"select N<={plan.constants['BLOCK_N']}",
+            feedback._select_kernel,
+            {"s_ptr": "*fp32", "h_ptr": "*fp32", "out_ptr": "*fp16"},
+            plan,
+            PRUNING=0,
+            SCALING=True,
+        )
+    yield variant(
+        "select, longer rows",
+        feedback._select_long_kernel,
+        {"s_ptr": "*fp32", "h_ptr": "*fp32", "out_ptr": "*fp16"},
+        launch.select_long(),
+        PRUNING=0,
+        SCALING=True,
+    )
+    for dtype, pointer in _POINTERS.items():
+        label = str(dtype).removeprefix("torch.")
+        unit = "*fp32" if dtype == torch.float32 else "*fp16"
+        yield variant(
+            f"normalise {label}",
+            proxy._normalise_kernel,
+            {"x_ptr": pointer, "unit_ptr": unit, "sums_ptr": "*fp32"},
+            launch.normalise(768),
+        )
+        for D in (768, 1024, 1280):
+            yield variant(
+                f"attend D={D} {label}",
+                proxy._attend_kernel,
+                {"unit_ptr": unit, "level_ptr": "*fp32", "v_ptr": pointer, "out_ptr": pointer},
+                launch.attend(D, dtype),
+                DOT_PRECISION="tf32x3" if dtype == torch.float32 else "tf32",
+            )
+    yield variant(
+        "level",
+        proxy._level_kernel,
+        {"sums_ptr": "*fp32", "level_ptr": "*fp32"},
+        launch.level(768),
+    )
+
+
+def measure(variant: Variant, chip: int) -> Resources:
+    """Compiles a variant for a chip and reads what it takes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    constants = {**{name: 1 for name in _ONES if name in names}, **variant.constants}
+    signature, attributes = {}, {}
+    for position, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name in variant.pointers:
+            signature[name] = variant.pointers[name]
+        elif name in _FLOATS:
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+        if name in variant.pointers or name in _MULTIPLES_OF_16:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        variant.kernel,
+        signature=signature,
+        constexprs={(names.index(n),): value for n, value in constants.items()},
+        attrs=attributes,
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", chip, 32),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _cuobjdump("--dump-resource-usage", cubin)
+        machine_code = _cuobjdump("--dump-sass", cubin)
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", machine_code))
+    found = sorted(set(re.findall(r"\b(HGMMA|HMMA|UTC\w*MMA|QGMMA)\b", machine_code)))
+    return Resources(
+        variant,
+        chip,
+        registers,
+        max(stack, spills),
+        compiled.metadata.shared,
+        "+".join(found) or "-",
+    )
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    result = subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True)
+    return result.stdout
+
+
+def main(chips: tuple[int, ...] = tuple(CHIPS)) -> int:
+    """Prints the table; 0 if everything fits."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("unset TRITON_INTERPRET: the interpreter replaces the compiler")
+    print(
+        f"{'kernel':<28} {'chip':<7} {'warps':>5} {'registers':>9} {'spilled':>7} "
+        f"{'shared B':>9} {'limit B':>8}  tensor cores"
+    )
+    all_fit = True
+    for variant in variants():
+        for chip in chips:
+            taken = measure(variant, chip)
+            all_fit &= taken.fits
+            print(
+                f"{variant.name:<28} sm_{chip:<4} {variant.num_warps:>5} {taken.registers:>9} "
+                f"{taken.spilled:>7} {taken.shared:>9} {CHIPS[chip]:>8}  {taken.tensor_cores}"
+                + ("" if taken.fits else "  DOES NOT FIT"),
+                flush=True,
+            )
+    return 0 if all_fit else 1

@@ -1,0 +1,248 @@
+"""The Triton kernels against the definition: on the GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fsa
+import fsa_kernels
+from fsa import FSAConfig, reference
+from tests.accuracy import (
+    OP_VECTORS,
+    RELATIVE_ERROR,
+    relative_error,
+    segment_logits,
+    unexplained_decisions,
+    vector,
+)
+from tests.test_torch_backend import FORMS, form_id
+
+if not fsa_kernels.available():
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# The interpreter is slow: what is large for it is left to the GPU.
+SIZES = [1, 2, 3, 63, 64, 65] + ([196, 441, 1024, 1764] if DEVICE == "cuda" else [])
+CLASSES = [1, 2, 21, 171] + ([847, 10000] if DEVICE == "cuda" else [])
+
+
+def attention_of(logits, uniform=None, config=None):
+    """A_f by the kernels, back on the CPU."""
+    logits = logits.to(DEVICE)
+    uniform = None if uniform is None else uniform.to(DEVICE)
+    return fsa.feedback_attention(logits, uniform, config=config, backend="triton").cpu()
+
+
+@pytest.mark.parametrize("name", OP_VECTORS)
+def test_the_published_vectors_come_out(name):
+    data = vector(name)
+    config = FSAConfig(beta=float(data["beta"]), confidence=float(data["confidence"]))
+    logits, uniform = data["patch_logits"].float(), data["uniform_logits"].float()
+    feedback = attention_of(logits, uniform, config)
+    plain = reference.feedback_attention(logits, uniform, config)
+    allowed = max(
+        RELATIVE_ERROR[torch.float32], 2 * relative_error(plain, data["feedback_attention"])
+    )
+    assert relative_error(feedback, data["feedback_attention"]) < allowed
+    assert unexplained_decisions(feedback > 0, 1 / (1 + data["kl"]), config) == 0
+
+
+@pytest.mark.parametrize("C", CLASSES)
+@pytest.mark.parametrize("N", SIZES)
+def test_every_size_agrees_with_the_definition(N, C):
+    logits, uniform = (tensor.float() for tensor in segment_logits(N, C, B=2))
+    exact = reference.feedback_attention(logits.double(), uniform.double())
+    assert relative_error(attention_of(logits, uniform), exact) < RELATIVE_ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("config", FORMS, ids=form_id)
+def test_every_form_agrees_with_the_definition(config):
+    logits, uniform = (tensor.float() for tensor in segment_logits(40, 9))
+    exact = reference.feedback_attention(logits.double(), uniform.double(), config)
+    feedback = attention_of(logits, uniform, config)
+    assert relative_error(feedback, exact) < RELATIVE_ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("config", FORMS, ids=form_id)
+def test_ties_are_kept_lowest_index_first(config):
+    generator = torch.Generator().manual_seed(1)
+    distinct = torch.randn(1, 5, 3, generator=generator)
+    logits = distinct[:, torch.randint(5, (60,), generator=generator)]
+    exact = reference.feedback_attention(logits.double(), None, config)
+    feedback = attention_of(logits, config=config)
+    assert relative_error(feedback, exact) < RELATIVE_ERROR[torch.float32]
+    assert torch.equal(feedback > 0, exact > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_type_is_computed_as_exactly_as_float32(dtype):
+    logits, uniform = (tensor.to(dtype) for tensor in segment_logits(100, 21))
+    exact = reference.feedback_attention(logits.double(), uniform.double())
+    feedback = attention_of(logits, uniform)
+    assert feedback.dtype == dtype
+    assert relative_error(feedback, exact) < RELATIVE_ERROR[dtype]
+
+
+def test_exact_is_more_exact_than_fast():
+    logits, uniform = (tensor.float() for tensor in segment_logits(100, 60))
+    exact = reference.feedback_attention(logits.double(), uniform.double())
+    errors = [
+        relative_error(attention_of(logits, uniform, FSAConfig(precision=precision)), exact)
+        for precision in ("exact", "fast")
+    ]
+    assert errors[0] < RELATIVE_ERROR[torch.float32] < errors[1] < 0.2
+
+
+@pytest.mark.parametrize("per_patch", [False, True])
+def test_uniform_logits_and_strides_are_taken_as_they_are(per_patch):
+    logits, uniform = (tensor.float() for tensor in segment_logits(50, 14, B=2))
+    if per_patch:
+        uniform = torch.randn(2, 50, 14, generator=torch.Generator().manual_seed(2))
+    straight = attention_of(logits[:, ::2, ::2].clone(), uniform[:, :: 1 + per_patch, ::2].clone())
+    assert torch.equal(
+        straight, attention_of(logits[:, ::2, ::2], uniform[:, :: 1 + per_patch, ::2])
+    )
+    transposed = logits.transpose(1, 2).contiguous().transpose(1, 2)[:, ::2, ::2]
+    assert torch.equal(straight, attention_of(transposed, uniform[:, :: 1 + per_patch, ::2]))
+
+
+def test_all_equal_rows_attend_by_index():
+    expected = torch.tensor([0.25] * 4 + [0.0] * 6).expand(1, 10, 10)
+    torch.testing.assert_close(attention_of(torch.zeros(1, 10, 3)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_one_hot_and_enormous_logits_stay_finite(dtype):
+    logits = torch.full((1, 12, 5), -60000.0)
+    logits[0, torch.arange(12), torch.arange(12) % 5] = 60000.0
+    exact = reference.feedback_attention(logits.double())
+    assert relative_error(attention_of(logits.to(dtype)), exact) < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("config", FORMS[::2], ids=form_id)
+def test_a_broken_row_gives_nan_and_touches_no_other(value, config):
+    logits, _ = segment_logits(30, 5)
+    broken = logits.float().clone()
+    # Patch 0 is one of those that the centre is taken from.
+    broken[0, 0, 2] = value
+    feedback = fsa_kernels.feedback_attention(
+        broken.to(DEVICE),
+        None,
+        beta=config.beta,
+        confidence=config.confidence,
+        similarity=config.similarity,
+        pruning=config.pruning,
+        ratio=config.ratio,
+        threshold=config.threshold,
+        scaling=config.scaling,
+    ).cpu()
+    assert feedback[0, 0].isnan().all()
+    assert (feedback[0, 1:, 0] == 0).all()
+    if config.pruning != "ratio":  # A ratio counts the broken patch into N.
+        without = reference.feedback_attention(logits[:, 1:], None, config)
+        assert relative_error(feedback[:, 1:, 1:], without) < RELATIVE_ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("config", FORMS[::2], ids=form_id)
+def test_rows_too_long_for_registers_are_searched_the_same_way(config, monkeypatch):
+    from fsa_kernels import launch
+
+    generator = torch.Generator().manual_seed(1)
+    distinct = torch.randn(1, 5, 3, generator=generator)
+    logits = distinct[:, torch.randint(5, (60,), generator=generator)]
+    exact = reference.feedback_attention(logits.double(), None, config)
+    monkeypatch.setattr(launch, "LONGEST_ROW_IN_REGISTERS", 0)
+    monkeypatch.setattr(launch, "select_long", lambda: launch.Launch({"BLOCK_N": 32}, 1))
+    feedback = attention_of(logits, config=config)
+    assert relative_error(feedback, exact) < RELATIVE_ERROR[torch.float32]
+    assert torch.equal(feedback > 0, exact > 0)
+
+
+def test_the_same_input_gives_the_same_bits():
+    logits, uniform = (tensor.float() for tensor in segment_logits(64, 9, B=2))
+    assert torch.equal(attention_of(logits, uniform), attention_of(logits, uniform))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("N", "F", "D"), [(1, 3, 5), (2, 16, 16), (65, 40, 300), (33, 130, 1300), (100, 64, 96)]
+)
+def test_proxy_attention_agrees_with_the_definition(N, F, D, dtype):
+    generator = torch.Generator().manual_seed(0)
+    features = (torch.randn(2, N, F, generator=generator) + 0.2).to(dtype)
+    value = torch.randn(2, N, D, generator=generator).to(dtype)
+    attended = fsa.proxy_attention(features.to(DEVICE), value.to(DEVICE), backend="triton").cpu()
+    exact = reference.proxy_attention(features.double(), value.double())
+    assert attended.dtype == dtype
+    # Half types round unit features before their product, so a pair at the threshold may fall on
+    # its other side: no worse than twice the definition computed in the same type.
+    plain = reference.proxy_attention(features, value)
+    allowed = max(RELATIVE_ERROR[dtype], 2 * relative_error(plain, exact))
+    assert relative_error(attended, exact) < allowed
+
+
+def test_proxy_patches_with_nothing_above_the_threshold_attend_to_themselves():
+    value = torch.randn(1, 40, 8, generator=torch.Generator().manual_seed(0))
+    features = torch.ones(1, 40, 3)
+    attended = fsa.proxy_attention(features.to(DEVICE), value.to(DEVICE), backend="triton")
+    assert torch.equal(attended.cpu(), value)
+
+
+def test_proxy_attention_takes_strides_as_they_are():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 20, 40, generator=generator).transpose(1, 2)
+    value = torch.randn(2, 80, 48, generator=generator)[:, ::2, ::3]
+    attended = fsa.proxy_attention(features.to(DEVICE), value.to(DEVICE), backend="triton").cpu()
+    exact = reference.proxy_attention(features.double(), value.double())
+    assert relative_error(attended, exact) < RELATIVE_ERROR[torch.float32]
+
+
+def test_a_broken_image_leaves_the_others_alone():
+    features = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0))
+    value = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(1))
+    features[0, 3, 3] = math.nan
+    attended = fsa_kernels.proxy_attention(
+        features.to(DEVICE), value.to(DEVICE), shift=1.2, gain=3.0
+    ).cpu()
+    alone = reference.proxy_attention(features[1:].double(), value[1:].double())
+    assert relative_error(attended[1:], alone) < RELATIVE_ERROR[torch.float32]
+
+
+# A sample of the launch table keeps this short; `python -m bench resources` compiles all of it.
+COMPILED = """
+import sys
+from bench.resources import measure, variants
+wanted = ("isolate C<=128 float16", "similarity N>512 exact", "select N<=2048",
+          "select, longer rows", "normalise float16", "attend D=768 float16")
+chosen = [v for v in variants() if v.name in wanted]
+assert len(chosen) == len(wanted), [v.name for v in chosen]
+for variant in chosen:
+    taken = measure(variant, int(sys.argv[1]))
+    print(variant.name, taken.registers, taken.spilled, taken.shared, taken.tensor_cores)
+    assert taken.fits, (variant.name, taken.spilled, taken.shared)
+    if variant.name.startswith(("similarity", "attend")):
+        assert "MMA" in taken.tensor_cores, variant.name
+"""
+
+
+@pytest.mark.parametrize("chip", [80, 90, 100])
+def test_kernels_compile_for_real_chips_without_spilling(chip):
+    # Not in this process: under the interpreter there is nothing to compile.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(chip)],
+        env=environment,
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
