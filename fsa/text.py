@@ -52,7 +52,7 @@ def parse_classes(classes: Classes) -> tuple[tuple[str, ...], ...]:
     parsed = []
     seen: set[str] = set()
     for entry in classes:
-        synonyms = (entry,) if isinstance(entry, str) else tuple(entry)
+        synonyms = tuple(entry) if isinstance(entry, (list, tuple)) else (entry,)
         if not synonyms:
             raise InputError("classes holds a class without a name")
         for name in synonyms:
