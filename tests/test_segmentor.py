@@ -157,7 +157,7 @@ def test_progress_is_told(clearclip, picture):
     [
         ({"window": 8}, "window=8 must be an integer from 16"),
         ({"window": 48.0}, "window=48.0"),
-        ({"stride": 0}, "stride=0 must be an integer from 1 to 224"),
+        ({"stride": 0}, "stride=0 must be an integer from 1 to 96"),
         ({"window": 32, "stride": 33}, "stride=33 must be an integer from 1 to 32"),
         ({"short_side": 100_000}, "short_side=100000"),
         ({"prob_thd": 1.5}, "prob_thd=1.5"),
@@ -231,15 +231,16 @@ def test_output_that_cannot_be_written_is_refused_by_name(clearclip, picture, tm
     assert stat.S_ISDIR(taken.stat().st_mode)
 
 
-# Below what the embedded model reaches by more than the scatter of its pictures (results of
-# `fsa demo`); chance is about a quarter.
-QUALITY = 0.35
+# Measured 0.40 without and 0.38 with feedback; a picture of one class alone would reach about 0.15.
+QUALITY = 0.3
 
 
-def test_the_embedded_model_segments_its_demo_pictures(clearclip):
+@pytest.mark.parametrize("feedback", [False, True])
+def test_the_embedded_model_segments_its_demo_pictures(feedback, clearclip):
+    maskclip = clearclip.with_host("maskclip").with_feedback(feedback)
     scores = []
     for scene in tiny.demo_scenes():
-        labels = clearclip.segment(scene.picture, scene.classes).labels
+        labels = maskclip.segment(scene.picture, scene.classes).labels
         with Image.open(scene.mask) as mask:
             scores.append(mean_iou(confusion(labels, np.asarray(mask), len(scene.classes))))
     assert np.mean(scores) > QUALITY

@@ -75,6 +75,14 @@ def test_captions_name_what_is_there_and_nothing_else(composer):
     assert 0.4 < named / 60 < 0.95  # Often, but not always all.
 
 
+def test_a_scene_may_be_all_ground(sprites):
+    composer = Composer(sprites, (64, 64), seed=5, fewest_objects=0, most_objects=0)
+    scene = composer.scene(0)
+    assert scene.objects == ()
+    sentence = caption(scene, np.random.default_rng(0))
+    assert any(name in sentence for i in scene.textures for name in CLASSES[i].names)
+
+
 def test_the_vocabulary_is_without_repeats():
     names = [name for entry in CLASSES for name in entry.names]
     assert len(names) == len(set(names))
@@ -83,14 +91,17 @@ def test_the_vocabulary_is_without_repeats():
     assert all(len(entry.codepoint) in (4, 5) for entry in OBJECTS)
 
 
-SHORT = train.Plan(small_steps=2, full_steps=1, warmup=1, workers=0, save_every=1)
+SHORT = train.Plan(crop_steps=2, small_steps=1, full_steps=1, warmup=1, workers=0, save_every=1)
+
+
+def phase(size, batch, **changes):
+    settings = {"object_sizes": (20, 40), "fewest_objects": 1, "most_objects": 2, **changes}
+    return train.Phase(size=size, batch=batch, **settings)
 
 
 def test_training_goes_on_where_it_was_stopped(sprites, tmp_path, monkeypatch):
-    small = train.Phase(size=64, object_sizes=(20, 40), most_objects=2, batch=4)
-    full = train.Phase(size=80, object_sizes=(20, 40), most_objects=2, batch=4)
-    monkeypatch.setattr(train, "SMALL", small)
-    monkeypatch.setattr(train, "FULL", full)
+    for name, size in (("CROP", 48), ("SMALL", 64), ("FULL", 80)):
+        monkeypatch.setattr(train, name, phase(size, batch=4, fewest_objects=0))
     cpu = torch.device("cpu")
     whole = train.train(sprites, tmp_path / "whole", SHORT, cpu, progress=False)
 
@@ -119,8 +130,8 @@ def test_training_goes_on_where_it_was_stopped(sprites, tmp_path, monkeypatch):
 
 
 def test_training_lowers_the_loss(sprites, tmp_path, monkeypatch):
-    phase = train.Phase(size=64, object_sizes=(40, 60), most_objects=1, batch=16)
-    monkeypatch.setattr(train, "SMALL", phase)
+    crop = phase(64, batch=16, object_sizes=(40, 60), most_objects=1)
+    monkeypatch.setattr(train, "CROP", crop)
     losses = []
     update = train._update
 
@@ -129,7 +140,9 @@ def test_training_lowers_the_loss(sprites, tmp_path, monkeypatch):
         return losses[-1], 0.0
 
     monkeypatch.setattr(train, "_update", recording)
-    plan = train.Plan(small_steps=24, full_steps=0, warmup=4, workers=0, learning_rate=1e-3)
+    plan = train.Plan(
+        crop_steps=24, small_steps=0, full_steps=0, warmup=4, workers=0, learning_rate=1e-3
+    )
     train.train(sprites, tmp_path, plan, torch.device("cpu"), progress=False)
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.2
 

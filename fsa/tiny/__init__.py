@@ -24,6 +24,7 @@ CONFIG: dict[str, Any] = {
         "width": 192,
         "layers": 6,
         "head_width": 64,
+        "pool_type": "avg",
     },
     "text_cfg": {
         "context_length": 32,

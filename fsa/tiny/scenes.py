@@ -61,7 +61,7 @@ class Composer:
         size: height and width of the scenes in pixels.
         seed: of everything random, textures included.
         object_sizes: shortest and longest side of an object in pixels.
-        most_objects: at most so many objects.
+        fewest_objects, most_objects: how many objects a scene has.
     """
 
     def __init__(
@@ -71,12 +71,14 @@ class Composer:
         *,
         seed: int,
         object_sizes: tuple[int, int] = (36, 100),
+        fewest_objects: int = 1,
         most_objects: int = 4,
     ) -> None:
         self.sprites = sprites
         self.size = size
         self.seed = seed
         self.object_sizes = object_sizes
+        self.fewest_objects = fewest_objects
         self.most_objects = most_objects
         self._bank = _texture_bank(seed)
 
@@ -85,12 +87,13 @@ class Composer:
 
         Args:
             index: 0, 1, 2, ...
-            objects: how many objects; None draws from 1 to `most_objects`.
+            objects: how many objects; None draws from `fewest_objects` to `most_objects`.
         """
         rng = np.random.default_rng((self.seed, index))
         picture, mask, textures = self._ground(rng)
-        count = int(rng.integers(1, self.most_objects + 1)) if objects is None else objects
-        chosen = rng.choice(len(OBJECTS), size=count, replace=False)
+        if objects is None:
+            objects = int(rng.integers(self.fewest_objects, self.most_objects + 1))
+        chosen = rng.choice(len(OBJECTS), size=objects, replace=False)
         for object_index in chosen:
             self._put(picture, mask, int(object_index), rng)
         # Light over the whole picture: a gradient, and a gain.

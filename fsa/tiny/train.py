@@ -2,10 +2,11 @@
 
     python -m fsa.tiny.train --pictographs DIR --out RUN_DIR
 
-DIR is what `python -m fsa.tiny.pictographs` wrote. Most steps see small scenes, each placed on a
-random part of the positional grid, which is four times cheaper than the full size; the last ones
-see scenes of the full size. The same command goes on where a stopped run was; RUN_DIR holds the
-checkpoint, the curve (curve.csv) and, at the end, tiny.safetensors with its checksum.
+DIR is what `python -m fsa.tiny.pictographs` wrote. The first steps see crops with one thing or two,
+or nothing but ground; then come small scenes and at last scenes of the full size. What is smaller
+than the full size is placed on a random part of the positional grid, and is many times cheaper. The
+same command goes on where a stopped run was; RUN_DIR holds the checkpoint, the curve (curve.csv)
+and, at the end, tiny.safetensors with its checksum.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import open_clip
 import torch
 from open_clip.model import CLIP
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -37,16 +38,18 @@ _CHECKPOINT = "checkpoint.pt"
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training at one size of scene."""
+    """A stretch of training at one size of scene; sizes in pixels."""
 
     size: int
     object_sizes: tuple[int, int]
+    fewest_objects: int
     most_objects: int
     batch: int
 
 
-SMALL = Phase(size=112, object_sizes=(30, 96), most_objects=3, batch=128)
-FULL = Phase(size=224, object_sizes=(36, 150), most_objects=5, batch=64)
+CROP = Phase(size=64, object_sizes=(36, 80), fewest_objects=0, most_objects=2, batch=256)
+SMALL = Phase(size=112, object_sizes=(30, 96), fewest_objects=1, most_objects=3, batch=128)
+FULL = Phase(size=224, object_sizes=(36, 150), fewest_objects=1, most_objects=5, batch=64)
 
 
 @dataclass(frozen=True)
@@ -54,26 +57,28 @@ class Plan:
     """How long and how fast.
 
     Attributes:
-        small_steps, full_steps: steps of each phase.
+        crop_steps, small_steps, full_steps: steps of each phase.
         learning_rate: at its peak, after `warmup` steps; it then falls as a cosine to 0.
         seed: of the weights and of every scene.
     """
 
-    small_steps: int = 9000
+    crop_steps: int = 6000
+    small_steps: int = 3000
     full_steps: int = 600
     learning_rate: float = 2e-3
-    warmup: int = 300
+    warmup: int = 200
     weight_decay: float = 0.05
     seed: int = 0
     workers: int = 1
     save_every: int = 250
 
     @property
-    def steps(self) -> int:
-        return self.small_steps + self.full_steps
+    def phases(self) -> tuple[tuple[Phase, int], ...]:
+        return (CROP, self.crop_steps), (SMALL, self.small_steps), (FULL, self.full_steps)
 
-    def phase(self, step: int) -> Phase:
-        return SMALL if step < self.small_steps else FULL
+    @property
+    def steps(self) -> int:
+        return sum(steps for _, steps in self.phases)
 
     def rate(self, step: int) -> float:
         if step < self.warmup:
@@ -91,6 +96,7 @@ class SceneDataset(Dataset):
             (phase.size, phase.size),
             seed=seed,
             object_sizes=phase.object_sizes,
+            fewest_objects=phase.fewest_objects,
             most_objects=phase.most_objects,
         )
         self.tokenizer = open_clip.SimpleTokenizer(
@@ -133,7 +139,8 @@ def encode_scene(model: CLIP, images: Tensor, generator: torch.Generator) -> Ten
     first = visual.class_embedding + visual.positional_embedding[0]
     tokens = torch.cat([first.expand(len(tokens), 1, -1).to(tokens.dtype), tokens], dim=1)
     tokens = visual.transformer(visual.ln_pre(tokens))
-    return functional.normalize(visual.ln_post(tokens[:, 0]) @ visual.proj, dim=-1)
+    pooled, _ = visual._pool(tokens)
+    return functional.normalize(pooled @ visual.proj, dim=-1)
 
 
 def contrastive_loss(model: CLIP, image_features: Tensor, text_features: Tensor) -> Tensor:
@@ -145,14 +152,29 @@ def contrastive_loss(model: CLIP, image_features: Tensor, text_features: Tensor)
 
 
 def train(
-    sprites: Sprites, out: Path, plan: Plan, device: torch.device, *, progress: bool = True
+    sprites: Sprites,
+    out: Path,
+    plan: Plan,
+    device: torch.device,
+    *,
+    start: Path | None = None,
+    progress: bool = True,
 ) -> Path:
-    """Trains, or goes on training, and returns the file of the weights."""
+    """Trains, or goes on training, and returns the file of the weights.
+
+    Args:
+        start: weights to start from in the place of random ones.
+    """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(plan.seed)
     model = CLIP(**CONFIG).to(device).train()
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
+    if start is not None:
+        model.load_state_dict(load_file(start))
+    # CLIP's own temperature ends here; the published constants of FSA are for cosines trained so.
+    model.logit_scale.requires_grad_(False).fill_(math.log(100))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim >= 2]
+    others = [p for p in trained if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": others}],
         lr=plan.learning_rate,
@@ -168,10 +190,18 @@ def train(
         step = saved["step"]
 
     with tqdm(total=plan.steps, initial=step, disable=not progress, unit="step") as bar:
-        while step < plan.steps:
-            phase = plan.phase(step)
-            last = plan.small_steps if phase is SMALL else plan.steps
-            for images, tokens in _batches(sprites, plan, phase, step, last):
+        first_step = first_scene = 0
+        for phase, steps in plan.phases:
+            done = min(steps, max(0, step - first_step))
+            dataset = SceneDataset(
+                sprites,
+                phase,
+                plan.seed,
+                # Scene indices go on from phase to phase: none is seen twice.
+                first=first_scene + done * phase.batch,
+                count=(steps - done) * phase.batch,
+            )
+            for images, tokens in DataLoader(dataset, phase.batch, num_workers=plan.workers):
                 loss, accuracy = _update(
                     model, optimizer, images.to(device), tokens.to(device), plan, step
                 )
@@ -182,21 +212,9 @@ def train(
                     bar.set_postfix(loss=f"{loss:.3f}", matched=f"{accuracy:.0%}")
                 if step % plan.save_every == 0 or step == plan.steps:
                     _save(out, model, optimizer, step)
+            first_step += steps
+            first_scene += steps * phase.batch
     return export(model, out)
-
-
-def _batches(sprites: Sprites, plan: Plan, phase: Phase, step: int, last: int) -> DataLoader:
-    # Scene indices continue across both phases: none is seen twice.
-    offset = plan.small_steps * SMALL.batch if phase is FULL else 0
-    done = step if phase is SMALL else step - plan.small_steps
-    dataset = SceneDataset(
-        sprites,
-        phase,
-        plan.seed,
-        first=offset + done * phase.batch,
-        count=(last - step) * phase.batch,
-    )
-    return DataLoader(dataset, phase.batch, num_workers=plan.workers)
 
 
 def _update(
@@ -219,8 +237,6 @@ def _update(
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     with torch.no_grad():
-        # As CLIP does: the temperature is kept from collapsing.
-        model.logit_scale.clamp_(0, math.log(100))
         best = (image_features.float() @ text_features.float().T).argmax(dim=1)
         accuracy = (best == torch.arange(len(best), device=best.device)).float().mean()
     return float(loss), float(accuracy)
@@ -258,14 +274,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictographs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--crop-steps", type=int, default=plan.crop_steps)
     parser.add_argument("--small-steps", type=int, default=plan.small_steps)
     parser.add_argument("--full-steps", type=int, default=plan.full_steps)
     parser.add_argument("--learning-rate", type=float, default=plan.learning_rate)
     parser.add_argument("--seed", type=int, default=plan.seed)
+    parser.add_argument("--start", type=Path, help="weights to start from, safetensors")
     parser.add_argument("--workers", type=int, default=plan.workers)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     plan = Plan(
+        crop_steps=arguments.crop_steps,
         small_steps=arguments.small_steps,
         full_steps=arguments.full_steps,
         learning_rate=arguments.learning_rate,
@@ -273,7 +292,8 @@ def main() -> None:
         workers=arguments.workers,
     )
     sprites = load_sprites(arguments.pictographs, TRAIN_STYLES)
-    print(train(sprites, arguments.out, plan, torch.device(arguments.device)))
+    device = torch.device(arguments.device)
+    print(train(sprites, arguments.out, plan, device, start=arguments.start))
 
 
 if __name__ == "__main__":
