@@ -239,7 +239,7 @@ def _update(
     with torch.no_grad():
         best = (image_features.float() @ text_features.float().T).argmax(dim=1)
         accuracy = (best == torch.arange(len(best), device=best.device)).float().mean()
-    return float(loss), float(accuracy)
+    return float(loss.detach()), float(accuracy)
 
 
 def _log(out: Path, step: int, loss: float, accuracy: float, rate: float) -> None:
