@@ -217,6 +217,19 @@ def test_adapt_is_as_good_as_its_type_allows(dtype, layout):
     assert relative_error(adapted, exact) < RELATIVE_ERROR[dtype]
 
 
+@pytest.mark.parametrize("N", [255, 256, 441])
+@pytest.mark.parametrize("inference", [True, False])
+def test_large_products_agree_with_the_definition(N, inference):
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(2, 2, N, 8, generator=generator)
+    feedback = torch.randn(2, N, N, generator=generator).softmax(dim=-1)
+    attention = torch.randn(2, N, N, generator=generator).softmax(dim=-1)
+    with torch.inference_mode(inference):
+        adapted = fsa.adapt(value, feedback, attention)
+    exact = reference.adapt(value.double(), feedback.double(), attention.double())
+    assert relative_error(adapted, exact) < 2e-6
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N", [1, 2, 65, 196])
 def test_proxy_attention_agrees_with_the_definition(N, dtype):
