@@ -131,8 +131,11 @@ def _from_pillow(image: Image.Image, name: str, max_pixels: int) -> Tensor:
         raise InputError(_too_large(name, max_pixels, (width, height)))
     image = ImageOps.exif_transpose(image)
     if image.mode in _SIXTEEN_BIT_MODES:
-        grey = np.asarray(image).astype(np.int64)
-        return _to_tensor(np.repeat(_to_8_bits(grey)[..., None], 3, axis=-1))
+        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        # Mode I is a wide type for either depth.
+        shallow = image.mode == "I" and grey.max() <= 255
+        grey = grey.astype(np.uint8) if shallow else _to_8_bits(grey)
+        return _to_tensor(np.repeat(grey[..., None], 3, axis=-1))
     if image.mode == "F":
         raise InputError(f"{name}: pictures of floating-point numbers have no agreed range")
     if image.has_transparency_data:
@@ -170,12 +173,9 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Tensor:
     return _to_tensor(array)
 
 
-def _to_8_bits(grey: np.ndarray) -> np.ndarray:
-    """Values of 0 to 65535, or of 0 to 255 in a wide type, as uint8."""
-    grey = np.clip(grey, 0, 65535)
-    if grey.max(initial=0) <= 255:
-        return grey.astype(np.uint8)
-    return ((grey * 255 + 32767) // 65535).astype(np.uint8)
+def _to_8_bits(deep: np.ndarray) -> np.ndarray:
+    """Values of 0 to 65535 as uint8."""
+    return ((deep * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def _to_tensor(rgb: np.ndarray) -> Tensor:

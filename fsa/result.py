@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +119,7 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
         InputError: it cannot be written; the message names it.
     """
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    temporary = file.with_name(f".{file.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with temporary.open("wb") as out:
             write(out)
@@ -125,4 +127,6 @@ def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:
     except OSError as error:
         raise InputError(f"{file}: cannot be written ({error.strerror})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where even the name was not accepted there is nothing to take away.
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,8 +101,7 @@ def load_segmentor(
         )
     # Raises here, before any picture, where the backend cannot run.
     fsa.explain(device=loaded.device, dtype=loaded.dtype, backend=backend)
-    config = _resolve_feedback(feedback, proxy, model)
-    return Segmentor(host, built, loaded, TextEncoder(loaded), proxy, config)
+    return Segmentor(host, built, loaded, TextEncoder(loaded), proxy, feedback)
 
 
 class Segmentor:
@@ -123,24 +122,24 @@ class Segmentor:
         loaded: LoadedModel,
         text: TextEncoder,
         vfm: VFM | None,
-        config: FSAConfig | None,
+        feedback: bool | FSAConfig,
     ) -> None:
         self.host_name = host_name
         self.host = host
         self.loaded = loaded
         self.vfm = vfm
-        self.config = config
+        self.config = _resolve_feedback(feedback, vfm, loaded.name)
+        self._feedback = feedback
         self._text = text
 
     def with_feedback(self, feedback: bool | FSAConfig) -> Segmentor:
         """The same models with another configuration of feedback."""
-        config = _resolve_feedback(feedback, self.vfm, self.loaded.name)
-        return Segmentor(self.host_name, self.host, self.loaded, self._text, self.vfm, config)
+        return Segmentor(self.host_name, self.host, self.loaded, self._text, self.vfm, feedback)
 
     def with_host(
         self, host: str, *, vfm: str | Callable[[Tensor], Tensor] | None = None
     ) -> Segmentor:
-        """The same CLIP model and feedback under another host.
+        """The same CLIP model under another host; feedback=True stays the published one there.
 
         Args:
             host: as in `load_segmentor`.
@@ -157,7 +156,7 @@ class Segmentor:
             )
         elif vfm is not None:
             raise InputError(f"vfm was given, but host {host!r} takes none; it is for 'proxyclip'")
-        return Segmentor(host, built, self.loaded, self._text, proxy, self.config)
+        return Segmentor(host, built, self.loaded, self._text, proxy, self._feedback)
 
     def segment(
         self,
@@ -204,6 +203,8 @@ class Segmentor:
                 cosines, queries, tuple(picture.rgb.shape[-2:]), prob_thd, background_index
             )
             scores = _class_probabilities(cosines, queries)
+        # Waits for the device, so that the time is the whole one.
+        labels, scores = labels.cpu().numpy(), scores.cpu().numpy()
         settings = {
             "fsa": fsa.__version__,
             "torch": torch.__version__,
@@ -224,8 +225,8 @@ class Segmentor:
             "seconds": round(time.perf_counter() - start, 3),
         }
         return Segmentation(
-            labels=labels.cpu().numpy(),
-            scores=scores.cpu().numpy(),
+            labels=labels,
+            scores=scores,
             class_names=list(names),
             settings=settings,
             picture=picture,
@@ -284,8 +285,8 @@ class Segmentor:
         std = torch.tensor(self.loaded.std, device=device)[:, None, None]
         return (image[0] - mean) / std
 
-    def _window_cosines(self, crops: Tensor, queries: TextQueries) -> Tensor:
-        """Cosines (B,Q,h,w) of windows (B,3,h,w), upsampled to the windows' size."""
+    def _window_cosines(self, crops: Tensor, queries: TextQueries) -> Iterator[Tensor]:
+        """Cosines (Q,h,w) of each of the windows (B,3,h,w), upsampled to their size."""
         height, width = crops.shape[-2:]
         of_vfm = self.vfm.multiple if self.vfm else 1
         multiple = tuple(math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
@@ -298,10 +299,10 @@ class Segmentor:
         unit = functional.normalize(features.float(), dim=-1)
         cosines = (unit @ queries.features.T).transpose(1, 2)
         grid = self.host.grid(*padded.shape[-2:], vfm_features)
-        maps = functional.interpolate(
-            cosines.unflatten(2, grid), size=padded.shape[-2:], mode="bilinear"
-        )
-        return maps[..., top : top + height, left : left + width]
+        # One window at a time: at full size all of them, for all queries, are large.
+        for maps in cosines.unflatten(2, grid).split(1):
+            maps = functional.interpolate(maps, size=padded.shape[-2:], mode="bilinear")
+            yield maps[0, :, top : top + height, left : left + width]
 
 
 def _resolve_feedback(feedback: bool | FSAConfig, vfm: VFM | None, model: str) -> FSAConfig | None:

@@ -53,6 +53,7 @@ def test_exif_orientation_is_applied(tmp_path):
         (np.full((2, 3, 1), 7, np.uint8), 7),
         (np.full((2, 3), 65535, np.uint16), 255),
         (np.full((2, 3), 32768, np.uint16), 128),
+        (np.full((2, 3), 255, np.uint16), 1),
         (np.dstack([np.full((2, 3, 3), 9, np.uint8), np.zeros((2, 3), np.uint8)]), 255),
         (np.dstack([np.full((2, 3, 3), 9, np.uint8), np.full((2, 3), 255, np.uint8)]), 9),
     ],

@@ -102,6 +102,45 @@ def test_without_windows_it_is_the_host_and_a_softmax(clearclip, picture):
     assert np.array_equal(result.labels, per_class.argmax(dim=0).numpy())
 
 
+def test_padding_is_cut_off_where_it_was_put(clearclip):
+    """Windows that are no multiple of the patch, written out: pad, run, upsample, cut."""
+    rng = np.random.default_rng(3)
+    image = Image.fromarray(rng.integers(0, 255, (41, 57, 3), dtype=np.uint8))
+    result = clearclip.segment(image, ["cat", "dog"], short_side=41, window=64)
+    loaded, queries = clearclip.loaded, clearclip._text.encode(["cat", "dog"])
+    rgb = torch.from_numpy(np.asarray(image) / 255).permute(2, 0, 1).float()
+    mean, std = (torch.tensor(v)[:, None, None] for v in (loaded.mean, loaded.std))
+    padded = torch.zeros(1, 3, 48, 64)
+    padded[0, :, 3 : 3 + 41, 3 : 3 + 57] = (rgb - mean) / std
+    features = clearclip.host.features(padded, queries.features, config=FSAConfig())
+    cosines = functional.normalize(features, dim=-1) @ queries.features.T
+    maps = functional.interpolate(
+        cosines[0].T.unflatten(1, (3, 4))[None], size=(48, 64), mode="bilinear"
+    )
+    expected = (40 * maps[0, :, 3 : 3 + 41, 3 : 3 + 57]).softmax(dim=0)
+    np.testing.assert_allclose(result.scores, expected.numpy(), rtol=0, atol=1e-5)
+
+
+def test_published_feedback_follows_the_host(clearclip):
+    class MAE(segmentor.VFM):
+        name = "mae"
+
+        def __call__(self, images):
+            return images[:, :, ::16, ::16]
+
+    proxy = clearclip.with_host("proxyclip", vfm=MAE())
+    assert proxy.config.beta == 4.5
+    assert proxy.with_host("sclip").config.beta == 3.0
+    own = clearclip.with_feedback(FSAConfig(beta=1.0)).with_host("proxyclip", vfm=MAE())
+    assert own.config.beta == 1.0
+
+
+def test_names_too_long_for_a_file_are_refused_in_words(clearclip, picture, tmp_path):
+    result = clearclip.segment(picture, CLASSES, **SMALL)
+    with pytest.raises(InputError, match="cannot be written"):
+        result.save(tmp_path, "n" * 300)
+
+
 def test_strips_of_rows_are_one_resize(clearclip, picture, monkeypatch):
     whole = clearclip.segment(picture, CLASSES, **SMALL)
     maps = torch.randn(4, 13, 17, generator=torch.Generator().manual_seed(0))
