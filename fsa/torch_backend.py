@@ -58,17 +58,24 @@ def feedback_attention(
     broken = ~probabilities.sum(dim=-1).isfinite()
     # Rows that are not finite would poison the centre, and through it every other row.
     probabilities = probabilities.masked_fill(broken[..., None], 0)
+    # Looking whether there are any spares the CPU three passes; on a GPU it would synchronise.
+    some_broken = logits.device.type != "cpu" or bool(broken.any())
     similarity_rows = _similarity_rows(probabilities, similarity)
 
     out = torch.empty((B, N, N), dtype=patch_logits.dtype, device=patch_logits.device)
     for images, rows in _blocks(B, N, logits.device):
         S = similarity_rows(images, rows)
-        S.masked_fill_(broken[images, None, :], -math.inf)
-        dropped = _dropped(S, pruning, confidence, ratio, threshold) | broken[images, None, :]
+        if some_broken:
+            S.masked_fill_(broken[images, None, :], -math.inf)
+        dropped = _dropped(S, pruning, confidence, ratio, threshold)
+        if some_broken:
+            dropped = dropped | broken[images, None, :]
         feedback = (S * beta).exp_().mul_(S) if scaling else S
         feedback.masked_fill_(dropped, -math.inf)
         block = torch.softmax(feedback, dim=-1)
-        out[images, rows] = block.masked_fill_(broken[images, rows, None], math.nan)
+        if some_broken:
+            block.masked_fill_(broken[images, rows, None], math.nan)
+        out[images, rows] = block
     return out
 
 
