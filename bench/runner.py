@@ -122,10 +122,10 @@ def _measure(row: Row, device: torch.device, dtype: torch.dtype, compiled: bool)
     for _ in range(repeats):
         for name, function in functions.items():
             # What is fast is measured more often within its turn.
-            turns = max(1, min(10, int(0.1 / max(first_times[name], 1e-6))))
+            turns = max(1, min(10, int(1 / max(first_times[name], 1e-6))))
             times[name] += [_seconds(function, inputs) for _ in range(turns)]
     for name, seconds in times.items():
-        cuts = quantiles([1000 * s for s in seconds], n=10)
+        cuts = quantiles([1000 * s for s in seconds], n=10, method="inclusive")
         result["contenders"][name] |= {
             "p20": round(cuts[1], 4),
             "median": round(cuts[4], 4),

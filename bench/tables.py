@@ -40,7 +40,7 @@ def speed_table(record: dict[str, Any]) -> str:
         "",
         f"Medians in ms, {record['dtype']} inputs, {env['device']}, {env['cpu_threads']} CPU "
         f"threads, torch {env['torch']}, commit {env['commit']}, {env['date'][:10]}, "
-        f"`{env['command']}`. The error is that of the last column's library against float64.",
+        f"`{env['command']}`. The error is that of this library against float64.",
     ]
     return "\n".join(lines)
 
