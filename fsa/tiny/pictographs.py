@@ -1,83 +1,126 @@
-"""Where the objects of the scenes come from: licence-clean pictographs in three styles.
+"""Where the objects of the scenes come from: licence-clean pictographs in seven styles.
 
-    python -m fsa.tiny.pictographs --noto NotoColorEmoji.ttf --twemoji SVG_DIR --fluent WEBP_DIR \
-        --out pictographs
+    npm install --prefix pictographs @iconify-json/noto @iconify-json/noto-v1 \
+        @iconify-json/twemoji @iconify-json/emojione @iconify-json/fluent-emoji-flat \
+        @iconify-json/fxemoji @lobehub/fluent-emoji-3d
+    python -m fsa.tiny.pictographs --modules pictographs/node_modules --out pictographs/png
 
-gathers the pictographs that `fsa.tiny.scenes` knows into one folder per style, as 128-pixel PNGs:
+gathers the pictographs that `fsa.tiny.scenes` knows into one folder per style, as PNGs of 128 pixels
+(needs `pip install resvg-py`). The pictographs themselves are not part of this project.
 
-- noto: the colour font of Noto Emoji (Apache-2.0 pictures), e.g. Debian's fonts-noto-color-emoji;
-- twemoji: the SVG files of Twemoji (CC-BY 4.0, Twitter and other contributors), e.g. the npm
-  package @twemoji/svg;
-- fluent: the 3D pictures of Fluent Emoji (MIT, Microsoft), e.g. the npm package
-  @lobehub/fluent-emoji-3d.
-
-Fluent is the style that training never sees. The pictographs themselves are not part of this
-project; the embedded model was trained on the first two.
+| style | pictures by | licence |
+|---|---|---|
+| noto, noto-v1 | Google | Apache-2.0 |
+| twemoji | Twitter and other contributors | CC-BY 4.0 |
+| fluent, fluent-flat | Microsoft | MIT |
+| fxemoji | Mozilla | Apache-2.0 |
+| emojione | Emoji One | CC-BY 4.0 |
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from fsa.tiny.vocabulary import OBJECTS
 
-STYLES = ("noto", "twemoji", "fluent")
+TRAIN_STYLES = ("noto", "noto-v1", "twemoji", "fluent", "fluent-flat", "fxemoji")
+UNSEEN_STYLE = "emojione"
+"""The style that training never sees."""
+
 SIZE = 128
-# The one size at which the bitmap font holds its pictures.
-_NOTO_POINTS = 109
+
+_ICONIFY = {
+    "noto": "noto",
+    "noto-v1": "noto-v1",
+    "twemoji": "twemoji",
+    "fluent-flat": "fluent-emoji-flat",
+    "fxemoji": "fxemoji",
+    "emojione": "emojione",
+}
+# Sets that come without a list of code points share the names of those that have one.
+_NAMED_BY = ("noto", "twemoji", "fluent-emoji-flat")
+
+Reader = Callable[[str], Image.Image | None]
+"""From a code point in hexadecimal to an RGBA picture; None where the style has none."""
 
 
-def gather(out: Path, readers: dict[str, Callable[[str], Image.Image]]) -> None:
-    """Writes OUT/style/codepoint.png for every object and style.
+def gather(out: Path, readers: dict[str, Reader]) -> dict[str, int]:
+    """Writes OUT/style/codepoint.png for every object a style has.
 
-    Args:
-        out: the folder.
-        readers: style -> function from a code point in hexadecimal to an RGBA picture.
+    Returns:
+        style -> how many objects it has.
     """
+    counts = {}
     for style, read in readers.items():
         folder = out / style
         folder.mkdir(parents=True, exist_ok=True)
+        counts[style] = 0
         for entry in OBJECTS:
-            picture = _fit(read(entry.codepoint))
-            picture.save(folder / f"{entry.codepoint}.png")
+            picture = read(entry.codepoint)
+            if picture is not None:
+                _fit(picture).save(folder / f"{entry.codepoint}.png")
+                counts[style] += 1
+    return counts
 
 
-def read_noto(font_file: Path) -> Callable[[str], Image.Image]:
-    """Pictures out of the bitmap colour font."""
-    font = ImageFont.truetype(str(font_file), _NOTO_POINTS)
-
-    def read(codepoint: str) -> Image.Image:
-        canvas = Image.new("RGBA", (160, 160))
-        ImageDraw.Draw(canvas).text(
-            (12, 12), chr(int(codepoint, 16)), font=font, embedded_color=True
-        )
-        return canvas
-
-    return read
-
-
-def read_svg(folder: Path) -> Callable[[str], Image.Image]:
-    """Pictures out of a folder of SVG files named by code point (needs `pip install resvg-py`)."""
+def read_iconify(modules: Path, package: str) -> Reader:
+    """Pictures out of a package @iconify-json/..., which is one file of SVG bodies by name."""
     import resvg_py
 
-    def read(codepoint: str) -> Image.Image:
-        data = resvg_py.svg_to_bytes(svg_path=str(folder / f"{codepoint}.svg"), width=SIZE)
+    icons = json.loads((modules / "@iconify-json" / package / "icons.json").read_text())
+    names = _names(modules)
+    side = icons.get("height", 16)
+
+    def read(codepoint: str) -> Image.Image | None:
+        for name in names.get(codepoint, ()):
+            alias = icons.get("aliases", {}).get(name, {}).get("parent", name)
+            icon = icons["icons"].get(alias)
+            if icon is not None:
+                break
+        else:
+            return None
+        width, height = icon.get("width", icons.get("width", side)), icon.get("height", side)
+        left, top = icon.get("left", 0), icon.get("top", 0)
+        svg = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" '
+            f'xmlns:xlink="http://www.w3.org/1999/xlink" '
+            f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
+        )
+        data = resvg_py.svg_to_bytes(svg_string=svg, width=2 * SIZE)
         return Image.open(io.BytesIO(bytes(data))).convert("RGBA")
 
     return read
 
 
-def read_folder(folder: Path) -> Callable[[str], Image.Image]:
-    """Pictures out of a folder of WebP files named by code point."""
+def _names(modules: Path) -> dict[str, list[str]]:
+    """Code point -> the names that the sets give it, with and without hyphens."""
+    names: dict[str, list[str]] = {}
+    for package in _NAMED_BY:
+        characters = json.loads((modules / "@iconify-json" / package / "chars.json").read_text())
+        for codepoint, name in characters.items():
+            known = names.setdefault(codepoint, [])
+            known += [n for n in (name, name.replace("-", "")) if n not in known]
+    for entry in OBJECTS:
+        own = entry.name.replace(" ", "-")
+        names.setdefault(entry.codepoint, []).extend([own, own.replace("-", "")])
+    return names
 
-    def read(codepoint: str) -> Image.Image:
-        plain, emoji = folder / f"{codepoint}.webp", folder / f"{codepoint}-fe0f.webp"
-        return Image.open(plain if plain.exists() else emoji).convert("RGBA")
+
+def read_fluent(modules: Path) -> Reader:
+    """Pictures out of @lobehub/fluent-emoji-3d, a folder of WebP files named by code point."""
+    folder = modules / "@lobehub" / "fluent-emoji-3d" / "assets"
+
+    def read(codepoint: str) -> Image.Image | None:
+        for file in (folder / f"{codepoint}.webp", folder / f"{codepoint}-fe0f.webp"):
+            if file.exists():
+                return Image.open(file).convert("RGBA")
+        return None
 
     return read
 
@@ -92,17 +135,15 @@ def _fit(picture: Image.Image) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--noto", type=Path, required=True, help="NotoColorEmoji.ttf")
-    parser.add_argument("--twemoji", type=Path, required=True, help="folder of SVG files")
-    parser.add_argument("--fluent", type=Path, required=True, help="folder of WebP files")
+    parser.add_argument("--modules", type=Path, required=True, help="the folder node_modules")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     readers = {
-        "noto": read_noto(arguments.noto),
-        "twemoji": read_svg(arguments.twemoji),
-        "fluent": read_folder(arguments.fluent),
+        style: read_iconify(arguments.modules, package) for style, package in _ICONIFY.items()
     }
-    gather(arguments.out, readers)
+    readers["fluent"] = read_fluent(arguments.modules)
+    for style, count in gather(arguments.out, readers).items():
+        print(f"{style}: {count} of {len(OBJECTS)} objects")
 
 
 if __name__ == "__main__":
