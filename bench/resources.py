@@ -38,6 +38,7 @@ _MULTIPLES_OF_16 = (
     "padded_F",
     "padded_N",
     "stride_operand",
+    "stride_row",
     "stride_vb",
     "stride_vn",
     "stride_xb",
@@ -90,7 +91,7 @@ def variants() -> Iterator[Variant]:
 
     for dtype, pointer in _POINTERS.items():
         label = str(dtype).removeprefix("torch.")
-        for C in (21, 171):
+        for C in (21, 60, 171):
             plan = launch.isolate(C)
             pointers = {
                 "z_ptr": pointer,

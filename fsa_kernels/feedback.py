@@ -7,8 +7,12 @@
                 classes, float32 accumulation; S = 1 / (1 + max(0, h_i - P_i . L_j)), written in
                 float32. Reads 4 x 2 B per class and row or column of the tile.
     select      one program: one row, in registers. Finds the kept patches by a threshold search,
-                scales, normalises, writes the row in the type of the logits. Reads 4 B and writes
-                2 or 4 B an entry; the row is read once.
+                scales, normalises, writes the row in the type of the logits over its own
+                similarities. Reads 4 B and writes 2 or 4 B an entry; the row is read once.
+
+A_f takes the place of S row by row, so 4 B an entry are kept and no more: a result in half precision
+has rows that lie twice their length apart. `apply_feedback` does the last two launches for a block of
+rows at a time and multiplies each block at once, so it keeps no N x N matrix at all.
 
 Why halves: x = hi + lo with hi = half(x), lo = half(x - hi) keeps 22 bits, so hi hi + hi lo + lo hi
 is as exact as float32 at the rate of half precision. P is scaled by 1024 to keep lo out of the
@@ -21,6 +25,7 @@ A patch with logits that are not finite gets a row of NaN; no other row keeps it
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -51,9 +56,10 @@ FLOOR: tl.constexpr = tl.constexpr(1e-10)
 @triton.jit
 def _load_difference(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM: tl.constexpr):
     """Logits minus uniform logits of a tile, float32; -inf outside."""
-    z = tl.load(z_row[:, None] + c[None, :] * stride_zc, mask=mask, other=0.0).to(tl.float32)
+    c = c.to(tl.int64)[None, :]
+    z = tl.load(z_row[:, None] + c * stride_zc, mask=mask, other=0.0).to(tl.float32)
     if HAS_UNIFORM:
-        z -= tl.load(u_row[:, None] + c[None, :] * stride_uc, mask=mask, other=0.0).to(tl.float32)
+        z -= tl.load(u_row[:, None] + c * stride_uc, mask=mask, other=0.0).to(tl.float32)
     return tl.where(mask, z, float("-inf"))
 
 
@@ -186,12 +192,14 @@ def _isolate_kernel(
 # similarity
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "first_row", "rows"])
 def _similarity_kernel(
     operands_ptr,
     h_ptr,
     s_ptr,
     N,
+    first_row,
+    rows,
     stride_operand,
     padded_C,
     padded_N,
@@ -201,24 +209,26 @@ def _similarity_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tiles_m = tl.cdiv(N, BLOCK_M)
+    # The rows from `first_row` on of every image; they lie from row 0 on in the workspace.
+    tiles_m = tl.cdiv(rows, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) % (tiles_m * tiles_n)
     b = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
-    i = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = first_row + place
     j = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     left = operands_ptr + (b * N + i)[:, None] * padded_C + k[None, :]
     right = operands_ptr + 2 * stride_operand + (b * N + j)[None, :] * padded_C + k[:, None]
-    rows = (i < N)[:, None]
+    inside = (place < rows)[:, None]
     columns = (j < N)[None, :]
 
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, padded_C, BLOCK_K):
-        left_high = tl.load(left + start, mask=rows, other=0.0)
+        left_high = tl.load(left + start, mask=inside, other=0.0)
         right_high = tl.load(right + start, mask=columns, other=0.0)
         if EXACT:
-            left_low = tl.load(left + stride_operand + start, mask=rows, other=0.0)
+            left_low = tl.load(left + stride_operand + start, mask=inside, other=0.0)
             right_low = tl.load(right + stride_operand + start, mask=columns, other=0.0)
             # The small products first, so that they are not lost one by one in the large sum.
             total = tl.dot(left_low, right_high, total)
@@ -230,11 +240,11 @@ def _similarity_kernel(
     if COSINE:
         S = tl.minimum(tl.maximum(total, 0.0), 1.0)
     else:
-        h_i = tl.load(h_ptr + b * N + i, mask=i < N, other=0.0)
+        h_i = tl.load(h_ptr + b * N + i, mask=place < rows, other=0.0)
         S = 1.0 / (1.0 + tl.maximum(h_i[:, None] - total, 0.0))
     S = tl.where((h_j == h_j)[None, :], S, ABSENT)
-    out = s_ptr + (b * N + i)[:, None] * padded_N + j[None, :]
-    tl.store(out, S, mask=rows & columns)
+    out = s_ptr + (b * rows + place)[:, None] * padded_N + j[None, :]
+    tl.store(out, S, mask=inside & columns)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -259,13 +269,16 @@ def _scaled(S, beta, SCALING: tl.constexpr):
         return S
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "first_row", "rows"])
 def _select_kernel(
     s_ptr,
     h_ptr,
     out_ptr,
     N,
+    first_row,
+    rows,
     padded_N,
+    stride_row,
     beta,
     share,
     limit,
@@ -314,9 +327,11 @@ def _select_kernel(
     F = tl.where(kept, _scaled(S, beta, SCALING), float("-inf"))
     exponential = tl.exp(F - tl.max(F, axis=0))
     attention = exponential / tl.sum(exponential, axis=0)
-    h = tl.load(h_ptr + row)
+    h = tl.load(h_ptr + (row // rows) * N + first_row + row % rows)
     attention = tl.where(h == h, attention, float("nan"))
-    tl.store(out_ptr + row * N + j, attention.to(out_ptr.dtype.element_ty), mask=j < N)
+    # Every thread has read its part of S before this: the sum above took all of them.
+    out = out_ptr + row * stride_row + j
+    tl.store(out, attention.to(out_ptr.dtype.element_ty), mask=j < N)
 
 
 @triton.jit
@@ -325,13 +340,16 @@ def _piece(s_row, start, N, BLOCK_N: tl.constexpr):
     return tl.load(s_row + j, mask=j < N, other=ABSENT)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "first_row", "rows"])
 def _select_long_kernel(
     s_ptr,
     h_ptr,
     out_ptr,
     N,
+    first_row,
+    rows,
     padded_N,
+    stride_row,
     beta,
     share,
     limit,
@@ -401,7 +419,7 @@ def _select_long_kernel(
         total = total * tl.exp(top - reference) + tl.sum(tl.exp(F - reference), axis=0)
         top = new_top
 
-    h = tl.load(h_ptr + row)
+    h = tl.load(h_ptr + (row // rows) * N + first_row + row % rows)
     seen = 0
     for start in range(0, N, BLOCK_N):
         S = _piece(s_row, start, N, BLOCK_N)
@@ -411,99 +429,161 @@ def _select_long_kernel(
         F = tl.where(kept, _scaled(S, beta, SCALING), float("-inf"))
         attention = tl.where(h == h, tl.exp(F - top) / total, float("nan"))
         j = start + tl.arange(0, BLOCK_N)
-        out = out_ptr + row * N + j
+        # In half precision this piece ends before the next one of S begins; all threads must have
+        # read this one.
+        tl.debug_barrier()
+        out = out_ptr + row * stride_row + j
         tl.store(out, attention.to(out_ptr.dtype.element_ty), mask=j < N)
 
 
 # --------------------------------------------------------------------------------------------------
-# The launcher
+# The launchers
+
+# Workspace of `apply_feedback` for similarities, in bytes.
+_BLOCK_BYTES = 24 << 20
+
+
+def result_strides(N: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Strides of A_f (B,N,N): its rows lie where those of the similarities lay."""
+    row = launch.round_up(N, 16) * torch.float32.itemsize // dtype.itemsize
+    return N * row, row, 1
 
 
 def feedback_attention(
-    patch_logits: Tensor,
-    uniform_logits: Tensor | None,
-    *,
-    beta: float,
-    confidence: float,
-    similarity: str = "kl",
-    pruning: str | None = "confidence",
-    ratio: float = 0.4,
-    threshold: float = 0.5,
-    scaling: bool = True,
-    precision: str = "exact",
+    patch_logits: Tensor, uniform_logits: Tensor | None, **options: object
 ) -> Tensor:
-    """A_f (B,N,N) in the type of the logits.
+    """A_f (B,N,N) in the type of the logits, with `result_strides`.
 
     Args:
         patch_logits: (B,N,C), scaled; float16, bfloat16 or float32; any strides.
         uniform_logits: (B,1,C) or (B,N,C), scaled, or None.
-        beta, confidence, similarity, pruning, ratio, threshold, scaling: as in `fsa.FSAConfig`.
-        precision: "exact", three products, or "fast", one.
+        **options: of `Feedback`.
 
-    Works in (8 C + 4) B N + 4 B N^2 bytes besides the result.
+    Takes 4 B N^2 bytes, the result among them, and (8 C + 4) B N besides.
     """
-    B, N, C = patch_logits.shape
-    padded_C = launch.round_up(C, launch.CLASS_STEP)
-    padded_N = launch.round_up(N, 16)
-    device = patch_logits.device
-    operands = torch.empty((4, B, N, padded_C), dtype=torch.float16, device=device)
-    h = torch.empty((B, N), dtype=torch.float32, device=device)
-    S = torch.empty((B, N, padded_N), dtype=torch.float32, device=device)
-    out = torch.empty((B, N, N), dtype=patch_logits.dtype, device=device)
-    uniform = patch_logits if uniform_logits is None else uniform_logits.expand_as(patch_logits)
-    cosine = similarity == "cosine"
-    limit = max(1, math.floor(ratio * N)) if pruning == "ratio" else threshold
+    feedback = Feedback(patch_logits, uniform_logits, **options)
+    return feedback.rows(0, patch_logits.shape[1])
 
-    with launch.on_device(patch_logits):
-        plan = launch.isolate(C)
-        _isolate_kernel[(B * triton.cdiv(N, plan.constants["BLOCK_N"]),)](
-            patch_logits,
-            uniform,
-            operands,
-            h,
-            N,
-            C,
-            *patch_logits.stride(),
-            *uniform.stride(),
-            operands.stride(0),
-            padded_C,
-            HAS_UNIFORM=uniform_logits is not None,
-            COSINE=cosine,
-            SAMPLES=_SAMPLES,
-            **plan.arguments(),
-        )
-        plan = launch.similarity(N)
-        tiles = triton.cdiv(N, plan.constants["BLOCK_M"]) * triton.cdiv(
-            N, plan.constants["BLOCK_N"]
-        )
-        _similarity_kernel[(B * tiles,)](
-            operands,
-            h,
-            S,
-            N,
-            operands.stride(0),
-            padded_C,
-            padded_N,
-            COSINE=cosine,
-            EXACT=precision == "exact",
-            BLOCK_K=launch.CLASS_STEP,
-            **plan.arguments(),
-        )
-        if N <= launch.LONGEST_ROW_IN_REGISTERS:
-            kernel, plan = _select_kernel, launch.select(N)
-        else:
-            kernel, plan = _select_long_kernel, launch.select_long()
-        kernel[(B * N,)](
-            S,
-            h,
-            out,
-            N,
-            padded_N,
-            beta,
-            confidence,
-            float(limit),
-            PRUNING=_PRUNINGS[pruning],
-            SCALING=scaling,
-            **plan.arguments(),
-        )
+
+def apply_feedback(
+    patch_logits: Tensor, uniform_logits: Tensor | None, columns: Tensor, **options: object
+) -> Tensor:
+    """A_f times columns (B,N,K), by blocks of rows; no N x N matrix is kept.
+
+    Args:
+        patch_logits, uniform_logits, **options: as `feedback_attention` takes them.
+        columns: (B,N,K) in the type of the logits.
+
+    Takes (8 C + 4) B N bytes and 24 MiB besides the result (B,N,K).
+    """
+    B, N, _ = patch_logits.shape
+    feedback = Feedback(patch_logits, uniform_logits, **options)
+    # Whole tiles of the similarity kernel.
+    count = _BLOCK_BYTES // (B * launch.round_up(N, 16) * torch.float32.itemsize)
+    count = max(128, count // 128 * 128)
+    out = torch.empty((B, N, columns.shape[-1]), dtype=columns.dtype, device=columns.device)
+    for first in range(0, N, count):
+        rows = feedback.rows(first, min(count, N - first))
+        torch.bmm(rows, columns, out=out[:, first : first + count])
     return out
+
+
+@dataclass(frozen=True)
+class _Options:
+    """As in `fsa.FSAConfig`; precision: "exact", three products, or "fast", one."""
+
+    beta: float
+    confidence: float
+    similarity: str = "kl"
+    pruning: str | None = "confidence"
+    ratio: float = 0.4
+    threshold: float = 0.5
+    scaling: bool = True
+    precision: str = "exact"
+
+
+class Feedback:
+    """A_f of some images, whole or by blocks of rows; the first launch is done at once."""
+
+    def __init__(
+        self, patch_logits: Tensor, uniform_logits: Tensor | None, **options: object
+    ) -> None:
+        B, N, C = patch_logits.shape
+        self.options = _Options(**options)
+        self.shape = (B, N, C)
+        self.dtype = patch_logits.dtype
+        self.padded_C = launch.round_up(C, launch.CLASS_STEP)
+        device = patch_logits.device
+        self.operands = torch.empty((4, B, N, self.padded_C), dtype=torch.float16, device=device)
+        self.h = torch.empty((B, N), dtype=torch.float32, device=device)
+        uniform = patch_logits if uniform_logits is None else uniform_logits.expand_as(patch_logits)
+        plan = launch.isolate(C)
+        with launch.on_device(patch_logits):
+            _isolate_kernel[(B * triton.cdiv(N, plan.constants["BLOCK_N"]),)](
+                patch_logits,
+                uniform,
+                self.operands,
+                self.h,
+                N,
+                C,
+                *patch_logits.stride(),
+                *uniform.stride(),
+                self.operands.stride(0),
+                self.padded_C,
+                HAS_UNIFORM=uniform_logits is not None,
+                COSINE=self.options.similarity == "cosine",
+                SAMPLES=_SAMPLES,
+                **plan.arguments(),
+            )
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """Rows `first` to `first + count` of A_f, (B,count,N), in two launches."""
+        B, N, _ = self.shape
+        options = self.options
+        padded_N = launch.round_up(N, 16)
+        S = torch.empty((B, count, padded_N), dtype=torch.float32, device=self.h.device)
+        out = S.view(self.dtype)
+        limit = options.threshold
+        if options.pruning == "ratio":
+            limit = max(1, math.floor(options.ratio * N))
+        with launch.on_device(S):
+            plan = launch.similarity(N)
+            tiles = triton.cdiv(count, plan.constants["BLOCK_M"]) * triton.cdiv(
+                N, plan.constants["BLOCK_N"]
+            )
+            _similarity_kernel[(B * tiles,)](
+                self.operands,
+                self.h,
+                S,
+                N,
+                first,
+                count,
+                self.operands.stride(0),
+                self.padded_C,
+                padded_N,
+                COSINE=options.similarity == "cosine",
+                EXACT=options.precision == "exact",
+                BLOCK_K=launch.CLASS_STEP,
+                **plan.arguments(),
+            )
+            if N <= launch.LONGEST_ROW_IN_REGISTERS:
+                kernel, plan = _select_kernel, launch.select(N)
+            else:
+                kernel, plan = _select_long_kernel, launch.select_long()
+            kernel[(B * count,)](
+                S,
+                self.h,
+                out,
+                N,
+                first,
+                count,
+                padded_N,
+                out.stride(1),
+                options.beta,
+                options.confidence,
+                float(limit),
+                PRUNING=_PRUNINGS[options.pruning],
+                SCALING=options.scaling,
+                **plan.arguments(),
+            )
+        return out[:, :, :N]

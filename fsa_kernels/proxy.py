@@ -48,13 +48,17 @@ def _normalise_kernel(
     for start in range(0, F, BLOCK_F):
         f = start + tl.arange(0, BLOCK_F)
         mask = rows & (f < F)[None, :]
-        x = tl.load(x_row + f[None, :] * stride_xf, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_row + f.to(tl.int64)[None, :] * stride_xf, mask=mask, other=0.0).to(
+            tl.float32
+        )
         squares += tl.sum(x * x, axis=1)
     length = tl.maximum(tl.sqrt(squares), 1e-12)
     for start in range(0, padded_F, BLOCK_F):
         f = start + tl.arange(0, BLOCK_F)
         mask = rows & (f < F)[None, :]
-        x = tl.load(x_row + f[None, :] * stride_xf, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_row + f.to(tl.int64)[None, :] * stride_xf, mask=mask, other=0.0).to(
+            tl.float32
+        )
         unit = x / length[:, None]
         unit = tl.where(mask, unit, 0.0)
         inside = (f < padded_F)[None, :]
@@ -83,7 +87,7 @@ def _level_kernel(sums_ptr, level_ptr, N, blocks, shift, padded_F, BLOCK_F: tl.c
 def _accumulate(total, weight, v_rows, columns, D, stride_vd, rows, DOT_PRECISION: tl.constexpr):
     """total + weight @ some columns of the values."""
     mask = rows & (columns < D)[None, :]
-    v = tl.load(v_rows + columns[None, :] * stride_vd, mask=mask, other=0.0)
+    v = tl.load(v_rows + columns.to(tl.int64)[None, :] * stride_vd, mask=mask, other=0.0)
     return tl.dot(weight.to(v.dtype), v, total, input_precision=DOT_PRECISION)
 
 
@@ -91,7 +95,9 @@ def _accumulate(total, weight, v_rows, columns, D, stride_vd, rows, DOT_PRECISIO
 def _finish(total, mass, v_rows, out_rows, columns, D, stride_vd, rows):
     """Writes some columns of the result; a row without any weight is its own value."""
     mask = rows & (columns < D)[None, :]
-    own = tl.load(v_rows + columns[None, :] * stride_vd, mask=mask, other=0.0).to(tl.float32)
+    own = tl.load(v_rows + columns.to(tl.int64)[None, :] * stride_vd, mask=mask, other=0.0).to(
+        tl.float32
+    )
     result = tl.where((mass == 0.0)[:, None], own, total / mass[:, None])
     tl.store(out_rows + columns[None, :], result.to(out_rows.dtype.element_ty), mask=mask)
 
