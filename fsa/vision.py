@@ -17,12 +17,17 @@ class Tower(nn.Module):
     "Plain" means: patch tokens and one class token, residual blocks with PyTorch's multi-head
     attention, no attentional pooling.
 
+    Attributes:
+        prefix_tokens: how many tokens come before the patches': the class token.
+
     Args:
         visual: the `visual` part of an open_clip model; used as it is, neither copied nor changed.
 
     Raises:
         InputError: another kind of tower.
     """
+
+    prefix_tokens = 1
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()

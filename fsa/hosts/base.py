@@ -22,15 +22,58 @@ class LastAttention:
     Attributes:
         value: V (B,H,N,d).
         apply: (B,H,N,d) -> (B,H,N,d), applies the host's attention A. Where the host attends to
-            the class token, its value stays what it is.
+            the class token, its value stays what it is. None where A is the identity.
         attended: A V (B,H,N,d).
         mean_value: (B,H,1,d), V under uniform attention over everything the host attends to.
     """
 
     value: Tensor
-    apply: Callable[[Tensor], Tensor]
+    apply: Callable[[Tensor], Tensor] | None
     attended: Tensor
     mean_value: Tensor
+
+
+def adapted_heads(
+    attention: LastAttention,
+    tail: Callable[[Tensor], Tensor],
+    text_features: Tensor,
+    config: FSAConfig,
+    backend: str,
+) -> Tensor:
+    """The feedback loop: what the heads gather under the adapted attention, (B,H,N,d).
+
+    Args:
+        attention: of the host's last block.
+        tail: from what heads gather, (B,H,N,d) or (B,H,1,d), to features (B,N,E) in the space
+            shared with text.
+        text_features: (C,E) of unit length.
+        config: how feedback is computed.
+        backend: of the ops.
+    """
+    if attention.apply is None:
+        # With the identity for A the three adaptations are one: A_f V.
+        config = config.replace(adaptations=("only",))
+    uniform_logits = None
+    if config.isolation:
+        uniform = _cosines(tail(attention.mean_value), text_features)
+        uniform_logits = uniform * config.uniform_logit_scale
+    heads = attention.attended
+    for _ in range(config.iterations):
+        feedback = ops.feedback_attention(
+            _cosines(tail(heads), text_features) * config.logit_scale,
+            uniform_logits,
+            config=config,
+            backend=backend,
+        )
+        heads = ops.adapt(
+            attention.value,
+            feedback.to(attention.value.dtype),
+            attention.apply or _identity,
+            attended=attention.attended,
+            config=config,
+            backend=backend,
+        )
+    return heads
 
 
 class Host(nn.Module):
@@ -97,45 +140,26 @@ class Host(nn.Module):
         """
         self._check(images, text_features, vfm_features, config)
         tokens = self.tower.trunk(images)
-        attention = self.attention(tokens, self.tower.grid(*images.shape[-2:]), vfm_features)
-        features = self._tail(tokens, attention.attended)
-        if config is None:
-            return features
+        attention = self.attention(tokens, images, vfm_features)
 
-        uniform_logits = None
-        if config.isolation:
-            uniform = self._tail(tokens, attention.mean_value)
-            uniform_logits = _cosines(uniform, text_features) * config.uniform_logit_scale
-        for _ in range(config.iterations):
-            patch_logits = _cosines(features, text_features) * config.logit_scale
-            feedback = ops.feedback_attention(
-                patch_logits, uniform_logits, config=config, backend=self.backend
-            )
-            features = self._tail(tokens, self.adapt(attention, feedback, config))
-        return features
+        def tail(heads: Tensor) -> Tensor:
+            return self._tail(tokens, heads)
+
+        if config is None:
+            return tail(attention.attended)
+        return tail(adapted_heads(attention, tail, text_features, config, self.backend))
 
     def attention(
-        self, tokens: Tensor, grid: tuple[int, int], vfm_features: Tensor | None
+        self, tokens: Tensor, images: Tensor, vfm_features: Tensor | None
     ) -> LastAttention:
-        """The attention of the last block for tokens (B,1+N,D) on a grid of patches."""
+        """The attention of the last block for the tokens (B,1+N,D) of images (B,3,H,W)."""
         raise NotImplementedError
-
-    def adapt(self, attention: LastAttention, feedback: Tensor, config: FSAConfig) -> Tensor:
-        """The values adapted by feedback A_f (B,N,N): (B,H,N,d)."""
-        return ops.adapt(
-            attention.value,
-            feedback.to(attention.value.dtype),
-            attention.apply,
-            attended=attention.attended,
-            config=config,
-            backend=self.backend,
-        )
 
     def _tail(self, tokens: Tensor, heads: Tensor) -> Tensor:
         """From what the heads gathered, (B,H,N,d) or (B,H,1,d), to features in the shared space."""
         branch = self.tower.attention_branch(heads)
         if self.residual:
-            branch = self.tower.residual_branches(tokens[:, 1:], branch)
+            branch = self.tower.residual_branches(tokens[:, self.tower.prefix_tokens :], branch)
         return self.tower.embed(branch)
 
     def _check(
@@ -185,6 +209,10 @@ def _cosines(features: Tensor, text_features: Tensor) -> Tensor:
     """
     unit = functional.normalize(_at_least_float32(features), dim=-1)
     return unit @ text_features.to(unit.dtype).T
+
+
+def _identity(values: Tensor) -> Tensor:
+    return values
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
