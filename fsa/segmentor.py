@@ -48,7 +48,7 @@ _TINY = _Protocol(short_side=280, window=96, stride=48)
 
 
 def load_segmentor(
-    host: str = "clearclip",
+    host: str | hosts.ReadOutFunction = "clearclip",
     model: str = TINY,
     pretrained: str | None = None,
     vfm: str | Callable[[Tensor], Tensor] | None = None,
@@ -63,7 +63,8 @@ def load_segmentor(
     """A segmentor for any class names.
 
     Args:
-        host: "clip", "maskclip", "sclip", "clearclip", "proxyclip", "qk", "qq", "kk" or "vv".
+        host: "clip", "maskclip", "sclip", "clearclip", "proxyclip", "naclip", "qk", "qq", "kk" or
+            "vv", or a function that returns the attention between patches; see `fsa.hosts.build`.
         model: "tiny", the embedded model, or a name of open_clip's such as "ViT-B-16".
         pretrained: a tag of open_clip's or the path of a checkpoint; see `fsa.models.load_model`.
         vfm: for "proxyclip" only: see `fsa.vfm.load_vfm`; default "dino", and for the embedded
@@ -81,11 +82,12 @@ def load_segmentor(
         ModelUnavailableError: weights that are not there or cannot be fetched.
     """
     needs_vfm = hosts.host_class(host).needs_vfm
+    name = _host_name(host)
     if vfm is not None and not needs_vfm:
-        raise InputError(f"vfm was given, but host {host!r} takes none; it is for 'proxyclip'")
+        raise InputError(f"vfm was given, but host {name!r} takes none; it is for 'proxyclip'")
     if vfm_pretrained is not None and not needs_vfm:
         raise InputError(
-            f"vfm_pretrained was given, but host {host!r} takes no vfm; it is for 'proxyclip'"
+            f"vfm_pretrained was given, but host {name!r} takes no vfm; it is for 'proxyclip'"
         )
     loaded = load_model(model, pretrained, device=device, dtype=dtype, cache_dir=cache_dir)
     built = hosts.build(host, loaded.model.visual, backend=backend)
@@ -101,14 +103,14 @@ def load_segmentor(
         )
     # Raises here, before any picture, where the backend cannot run.
     fsa.explain(device=loaded.device, dtype=loaded.dtype, backend=backend)
-    return Segmentor(host, built, loaded, TextEncoder(loaded), proxy, feedback)
+    return Segmentor(name, built, loaded, TextEncoder(loaded), proxy, feedback)
 
 
 class Segmentor:
     """Segments pictures into any classes; made by `load_segmentor`.
 
     Attributes:
-        host_name: as `load_segmentor` took it.
+        host_name: as `load_segmentor` took it; of a function, its name.
         host: the module behind it.
         loaded: the CLIP model.
         vfm: ProxyCLIP's other model, or None.
@@ -137,7 +139,10 @@ class Segmentor:
         return Segmentor(self.host_name, self.host, self.loaded, self._text, self.vfm, feedback)
 
     def with_host(
-        self, host: str, *, vfm: str | Callable[[Tensor], Tensor] | None = None
+        self,
+        host: str | hosts.ReadOutFunction,
+        *,
+        vfm: str | Callable[[Tensor], Tensor] | None = None,
     ) -> Segmentor:
         """The same CLIP model under another host; feedback=True stays the published one there.
 
@@ -145,6 +150,7 @@ class Segmentor:
             host: as in `load_segmentor`.
             vfm: for "proxyclip": as in `load_segmentor`; default "layer".
         """
+        name = _host_name(host)
         built = hosts.build(host, self.loaded.model.visual, backend=self.host.backend)
         proxy = None
         if built.needs_vfm:
@@ -155,8 +161,8 @@ class Segmentor:
                 std=self.loaded.std,
             )
         elif vfm is not None:
-            raise InputError(f"vfm was given, but host {host!r} takes none; it is for 'proxyclip'")
-        return Segmentor(host, built, self.loaded, self._text, proxy, self._feedback)
+            raise InputError(f"vfm was given, but host {name!r} takes none; it is for 'proxyclip'")
+        return Segmentor(name, built, self.loaded, self._text, proxy, self._feedback)
 
     def segment(
         self,
@@ -303,6 +309,10 @@ class Segmentor:
         for maps in cosines.unflatten(2, grid).split(1):
             maps = functional.interpolate(maps, size=padded.shape[-2:], mode="bilinear")
             yield maps[0, :, top : top + height, left : left + width]
+
+
+def _host_name(host: str | hosts.ReadOutFunction) -> str:
+    return host if isinstance(host, str) else getattr(host, "__name__", type(host).__name__)
 
 
 def _resolve_feedback(feedback: bool | FSAConfig, vfm: VFM | None, model: str) -> FSAConfig | None:
