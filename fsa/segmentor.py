@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import fsa
@@ -20,6 +20,7 @@ from fsa.images import Picture, read_image
 from fsa.models import TINY, LoadedModel, load_model
 from fsa.result import Segmentation
 from fsa.text import Classes, TextEncoder, TextQueries
+from fsa.transformers_models import from_transformers
 from fsa.vfm import LAYER, VFM, load_vfm
 
 SEGMENTATION_SCALE = 40.0
@@ -49,7 +50,7 @@ _TINY = _Protocol(short_side=280, window=96, stride=48)
 
 def load_segmentor(
     host: str | hosts.ReadOutFunction = "clearclip",
-    model: str = TINY,
+    model: str | nn.Module = TINY,
     pretrained: str | None = None,
     vfm: str | Callable[[Tensor], Tensor] | None = None,
     feedback: bool | FSAConfig = True,
@@ -59,23 +60,28 @@ def load_segmentor(
     cache_dir: str | None = None,
     *,
     vfm_pretrained: bool | str | None = None,
+    processor: Any = None,
 ) -> Segmentor:
     """A segmentor for any class names.
 
     Args:
         host: "clip", "maskclip", "sclip", "clearclip", "proxyclip", "naclip", "qk", "qq", "kk" or
             "vv", or a function that returns the attention between patches; see `fsa.hosts.build`.
-        model: "tiny", the embedded model, or a name of open_clip's such as "ViT-B-16".
+        model: "tiny", the embedded model, or a name of open_clip's such as "ViT-B-16"; or a
+            `CLIPModel` or `SiglipModel` of transformers, with its `processor`.
         pretrained: a tag of open_clip's or the path of a checkpoint; see `fsa.models.load_model`.
         vfm: for "proxyclip" only: see `fsa.vfm.load_vfm`; default "dino", and for the embedded
             model "layer", which needs no second model.
         feedback: True for the published configuration, False for the host alone, or a
             configuration.
-        device: default the GPU if there is one, else the CPU.
-        dtype: default float16 on a GPU and float32 on the CPU.
+        device: default the GPU if there is one, else the CPU; of a model that is passed as an
+            object, where it is.
+        dtype: default float16 on a GPU and float32 on the CPU; of a model that is passed as an
+            object, what it is.
         backend: of the ops: "auto", "triton" or "torch".
         cache_dir: where downloaded weights are kept.
         vfm_pretrained: weights of the vfm; see `fsa.vfm.load_vfm`.
+        processor: of a model of transformers: its `CLIPProcessor` or `SiglipProcessor`.
 
     Raises:
         InputError: an argument that is not accepted.
@@ -89,12 +95,25 @@ def load_segmentor(
         raise InputError(
             f"vfm_pretrained was given, but host {name!r} takes no vfm; it is for 'proxyclip'"
         )
-    loaded = load_model(model, pretrained, device=device, dtype=dtype, cache_dir=cache_dir)
+    if isinstance(model, str):
+        if processor is not None:
+            raise InputError(
+                f"processor was given, but model={model!r} takes none; it is for models of "
+                "transformers"
+            )
+        loaded = load_model(model, pretrained, device=device, dtype=dtype, cache_dir=cache_dir)
+    else:
+        if pretrained is not None:
+            raise InputError(
+                f"pretrained={pretrained!r} was given with a model that has its weights; leave it "
+                "out, or pass a name as the model"
+            )
+        loaded = from_transformers(model, processor, device=device, dtype=dtype)
     built = hosts.build(host, loaded.model.visual, backend=backend)
     proxy = None
     if needs_vfm:
         proxy = load_vfm(
-            vfm if vfm is not None else (LAYER if model == TINY else _DEFAULT_VFM),
+            vfm if vfm is not None else (LAYER if loaded.name == TINY else _DEFAULT_VFM),
             tower=built.tower,
             mean=loaded.mean,
             std=loaded.std,

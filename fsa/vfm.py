@@ -105,8 +105,7 @@ def load_vfm(
         )
     known = _KNOWN[vfm]
     model = _create(vfm, known, pretrained, cache_dir)
-    weight = tower.visual.conv1.weight
-    model = model.eval().requires_grad_(False).to(weight.device, weight.dtype)
+    model = model.eval().requires_grad_(False).to(tower.device, tower.dtype)
     return _TimmVFM(vfm, model, known.side, mean, std)
 
 

@@ -47,7 +47,16 @@ class Tower(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that images must have."""
-        return self.visual.conv1.weight.dtype
+        return self._patch_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where images must be."""
+        return self._patch_weight.device
+
+    @property
+    def _patch_weight(self) -> Tensor:
+        return self.visual.conv1.weight
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of a picture of this size in pixels.
@@ -83,7 +92,7 @@ class Tower(nn.Module):
                 f"layer={layer} is not accepted: the tower has blocks 0 to {self.layers - 1}"
             )
         rows, columns = self.grid(*images.shape[-2:])
-        tokens = self._run_blocks(images, layer)[:, 1:]
+        tokens = self._run_blocks(images, layer)[:, self.prefix_tokens :]
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
     def project(self, tokens: Tensor, names: str) -> dict[str, Tensor]:
@@ -147,16 +156,30 @@ class Tower(nn.Module):
         return self.visual.ln_pre(tokens + self._positions(grid).to(tokens.dtype))
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """Positional embeddings (1+N,D), resized bicubically where the grid is not the trained."""
-        positions = self.visual.positional_embedding
+        """Positional embeddings (1+N,D) for the grid."""
         trained_grid = tuple(self.visual.grid_size)
-        if grid == trained_grid:
-            return positions
-        of_patches = positions[1:].unflatten(0, trained_grid).permute(2, 0, 1)[None]
-        # In float32: half-precision bicubic resizing is not there on every device.
-        resized = functional.interpolate(of_patches.float(), size=grid, mode="bicubic")
-        of_patches = resized[0].flatten(1).T.to(positions.dtype)
-        return torch.cat([positions[:1], of_patches])
+        return resized_positions(
+            self.visual.positional_embedding, trained_grid, grid, self.prefix_tokens
+        )
+
+
+def resized_positions(
+    positions: Tensor, trained_grid: tuple[int, int], grid: tuple[int, int], prefix_tokens: int
+) -> Tensor:
+    """Positional embeddings of another grid than the trained one, bicubic; those before it stay.
+
+    Args:
+        positions: (prefix_tokens + trained patches, D).
+        trained_grid, grid: rows and columns.
+        prefix_tokens: how many rows of `positions` belong to no patch.
+    """
+    if grid == trained_grid:
+        return positions
+    of_patches = positions[prefix_tokens:].unflatten(0, trained_grid).permute(2, 0, 1)[None]
+    # In float32: half-precision bicubic resizing is not there on every device.
+    resized = functional.interpolate(of_patches.float(), size=grid, mode="bicubic")
+    of_patches = resized[0].flatten(1).T.to(positions.dtype)
+    return torch.cat([positions[:prefix_tokens], of_patches])
 
 
 def _require_plain(visual: nn.Module) -> None:

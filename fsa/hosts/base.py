@@ -80,7 +80,7 @@ class Host(nn.Module):
     """A training-free CLIP segmentor: a vision tower with another attention in its last block.
 
     Args:
-        visual: a plain open_clip `VisionTransformer`.
+        visual: a plain open_clip `VisionTransformer`, or a `Tower`.
         residual: whether the last block keeps its residual connection and feed-forward network;
             None takes what the method published.
         backend: of the ops, "auto", "triton" or "torch".
@@ -95,7 +95,7 @@ class Host(nn.Module):
         super().__init__()
         if backend not in ops.BACKENDS:
             raise InputError(f"backend={backend!r} is not known: it must be one of {ops.BACKENDS}")
-        self.tower = Tower(visual)
+        self.tower = visual if isinstance(visual, Tower) else Tower(visual)
         self.residual = self.published_residual if residual is None else residual
         self.backend = backend
 
@@ -173,11 +173,10 @@ class Host(nn.Module):
         if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
             raise InputError(f"images must be (B, 3, H, W); they have shape {tuple(images.shape)}")
         tower.grid(*images.shape[-2:])
-        device = tower.visual.conv1.weight.device
-        if images.dtype != tower.dtype or images.device != device:
+        if images.dtype != tower.dtype or images.device != tower.device:
             raise InputError(
                 f"images are {images.dtype} on {images.device}; the vision tower is "
-                f"{tower.dtype} on {device}"
+                f"{tower.dtype} on {tower.device}"
             )
         if (
             text_features.ndim != 2
