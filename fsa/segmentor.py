@@ -310,6 +310,29 @@ class Segmentor:
         std = torch.tensor(self.loaded.std, device=device)[:, None, None]
         return (image[0] - mean) / std
 
+    @torch.no_grad()
+    def forward(self, windows: Tensor, text_features: Tensor) -> Tensor:
+        """The whole computation of one batch of windows, for `torch.compile` and the like.
+
+        Args:
+            windows: (B,3,H,W), normalised with the model's mean and deviation, in its type and on
+                its device; H and W multiples of the patch sizes of the model and of the vfm.
+            text_features: (Q,E) float32, of unit length.
+
+        Returns:
+            Cosines (B,Q,rows,columns) float32, on the host's grid.
+
+        Raises:
+            InputError: as `Host.features`.
+        """
+        vfm_features = self.vfm(windows) if self.vfm else None
+        features = self.host.features(
+            windows, text_features, vfm_features=vfm_features, config=self.config
+        )
+        unit = functional.normalize(features.float(), dim=-1)
+        grid = self.host.grid(*windows.shape[-2:], vfm_features)
+        return (unit @ text_features.T).transpose(1, 2).unflatten(2, grid)
+
     def _window_cosines(self, crops: Tensor, queries: TextQueries) -> Iterator[Tensor]:
         """Cosines (Q,h,w) of each of the windows (B,3,h,w), upsampled to their size."""
         height, width = crops.shape[-2:]
@@ -317,15 +340,9 @@ class Segmentor:
         multiple = tuple(math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
         padded, (top, left) = windows.pad_to_multiple(crops, multiple)
         padded = padded.to(self.loaded.dtype)
-        vfm_features = self.vfm(padded) if self.vfm else None
-        features = self.host.features(
-            padded, queries.features, vfm_features=vfm_features, config=self.config
-        )
-        unit = functional.normalize(features.float(), dim=-1)
-        cosines = (unit @ queries.features.T).transpose(1, 2)
-        grid = self.host.grid(*padded.shape[-2:], vfm_features)
+        cosines = self.forward(padded, queries.features)
         # One window at a time: at full size all of them, for all queries, are large.
-        for maps in cosines.unflatten(2, grid).split(1):
+        for maps in cosines.split(1):
             maps = functional.interpolate(maps, size=padded.shape[-2:], mode="bilinear")
             yield maps[0, :, top : top + height, left : left + width]
 

@@ -169,7 +169,7 @@ class CLIPTower(_TransformersTower):
 
     def _tokens(self, images: Tensor) -> Tensor:
         grid = self.grid(*images.shape[-2:])
-        first = self.visual.embeddings.class_embedding.expand(len(images), 1, -1)
+        first = self.visual.embeddings.class_embedding.expand(images.shape[0], 1, -1)
         tokens = torch.cat([first, self._patch_tokens(images)], dim=1)
         return self.visual.pre_layrnorm(tokens + self._positions(grid))
 

@@ -151,7 +151,7 @@ class Tower(nn.Module):
         """Patch and class embeddings with positions: (B,3,H,W) -> (B,1+N,D)."""
         grid = self.grid(*images.shape[-2:])
         patches = self.visual.conv1(images).flatten(2).transpose(1, 2)
-        first = self.visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        first = self.visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         tokens = torch.cat([first, patches], dim=1)
         return self.visual.ln_pre(tokens + self._positions(grid).to(tokens.dtype))
 
@@ -173,7 +173,8 @@ def resized_positions(
         trained_grid, grid: rows and columns.
         prefix_tokens: how many rows of `positions` belong to no patch.
     """
-    if grid == trained_grid:
+    # A compiler would make a graph of its own for the trained grid; there resizing is the identity.
+    if not torch.compiler.is_compiling() and grid == trained_grid:
         return positions
     of_patches = positions[prefix_tokens:].unflatten(0, trained_grid).permute(2, 0, 1)[None]
     # In float32: half-precision bicubic resizing is not there on every device.

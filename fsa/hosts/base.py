@@ -14,6 +14,9 @@ from fsa.config import FSAConfig
 from fsa.errors import InputError
 from fsa.vision import Tower
 
+# With the identity for A the three adaptations are one: A_f V.
+_ONLY = FSAConfig(adaptations=("only",))
+
 
 @dataclass(frozen=True)
 class LastAttention:
@@ -50,9 +53,6 @@ def adapted_heads(
         config: how feedback is computed.
         backend: of the ops.
     """
-    if attention.apply is None:
-        # With the identity for A the three adaptations are one: A_f V.
-        config = config.replace(adaptations=("only",))
     uniform_logits = None
     if config.isolation:
         uniform = _cosines(tail(attention.mean_value), text_features)
@@ -70,7 +70,7 @@ def adapted_heads(
             feedback.to(attention.value.dtype),
             attention.apply or _identity,
             attended=attention.attended,
-            config=config,
+            config=_ONLY if attention.apply is None else config,
             backend=backend,
         )
     return heads
@@ -170,7 +170,8 @@ class Host(nn.Module):
         config: FSAConfig | None,
     ) -> None:
         tower = self.tower
-        if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        # Sizes are asked of `shape`: len() would make constants of them in torch.export.
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
             raise InputError(f"images must be (B, 3, H, W); they have shape {tuple(images.shape)}")
         tower.grid(*images.shape[-2:])
         if images.dtype != tower.dtype or images.device != tower.device:
@@ -181,7 +182,7 @@ class Host(nn.Module):
         if (
             text_features.ndim != 2
             or text_features.shape[1] != tower.output_dim
-            or (len(text_features) == 0)
+            or (text_features.shape[0] == 0)
         ):
             raise InputError(
                 f"text_features must be (C, {tower.output_dim}) for this model; they have shape "

@@ -48,9 +48,9 @@ class NACLIP(SelfAttentionHost):
             for length in self.tower.grid(*images.shape[-2:])
         )
         # The Gaussian of a distance on the grid is that of the rows times that of the columns.
-        return functional.pad(torch.kron(rows, columns), (self.tower.prefix_tokens, 0)).to(
-            tokens.dtype
-        )
+        window = rows[:, None, :, None] * columns[None, :, None, :]
+        bias = functional.pad(window.flatten(2).flatten(0, 1), (self.tower.prefix_tokens, 0))
+        return bias.to(tokens.dtype)
 
     def _neighbourhood(self, length: int, device: torch.device) -> Tensor:
         """exp(-(i - j)^2 / (2 std^2)) along one axis of the grid, (length,length) in float64."""

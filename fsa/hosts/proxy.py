@@ -100,9 +100,9 @@ class ProxyCLIP(Host):
         config: FSAConfig | None,
     ) -> None:
         super()._check(images, text_features, vfm_features, config)
-        if vfm_features.ndim != 4 or len(vfm_features) != len(images):
+        if vfm_features.ndim != 4 or vfm_features.shape[0] != images.shape[0]:
             raise InputError(
-                f"vfm_features must be (B, F, gh, gw) with B = {len(images)}; they have shape "
+                f"vfm_features must be (B, F, gh, gw) with B = {images.shape[0]}; they have shape "
                 f"{tuple(vfm_features.shape)}"
             )
         if vfm_features.device != images.device:
