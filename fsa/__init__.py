@@ -3,6 +3,7 @@
 The op:        `feedback_attention`, `adapt`, `proxy_attention`, `explain`, `FSAConfig`
 The hosts:     `fsa.hosts.build(name, visual)`
 The segmentor: `load_segmentor(...)`, `Segmentor.segment(image, classes)`
+Your own code: `plug_in(visual, text_features)`, `unplug(visual)`, `published_feedback`
 
 Chi et al., "Plug-in Feedback Self-adaptive Attention in CLIP for Training-free Open-Vocabulary
 Segmentation", ICCV 2025.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fsa import hosts
     from fsa.config import FSAConfig
+    from fsa.drop_in import plug_in, published_feedback, unplug
     from fsa.errors import FSAError, InputError, ModelUnavailableError
     from fsa.ops import adapt, explain, feedback_attention, proxy_attention
     from fsa.segmentor import Segmentation, Segmentor, load_segmentor
@@ -34,7 +36,10 @@ __all__ = [
     "feedback_attention",
     "hosts",
     "load_segmentor",
+    "plug_in",
     "proxy_attention",
+    "published_feedback",
+    "unplug",
 ]
 
 # Resolved at first use, so that `fsa --help` and `import fsa` do not wait for torch.
@@ -46,7 +51,10 @@ _HOMES = {
     "adapt": "fsa.ops",
     "explain": "fsa.ops",
     "feedback_attention": "fsa.ops",
+    "plug_in": "fsa.drop_in",
     "proxy_attention": "fsa.ops",
+    "published_feedback": "fsa.drop_in",
+    "unplug": "fsa.drop_in",
     "Segmentation": "fsa.segmentor",
     "Segmentor": "fsa.segmentor",
     "load_segmentor": "fsa.segmentor",

@@ -25,6 +25,9 @@ PROXY_SHIFT = 1.2
 PROXY_GAIN = 3.0
 """ProxyCLIP's own constants: s <- (s - shift * mean(s)) * gain, negative entries masked."""
 
+NACLIP_STD = 5.0
+"""NACLIP's own constant: the deviation of its Gaussian neighbourhood, in patches."""
+
 # The published code's values of beta (the paper's text says 2 for all of them).
 _BETA_DEFAULT = 3.0
 _BETA_VIT_H = 2.3

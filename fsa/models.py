@@ -38,7 +38,8 @@ class LoadedModel:
     """A CLIP model ready to run.
 
     Attributes:
-        model: open_clip's, in evaluation mode, without gradients.
+        model: open_clip's, in evaluation mode, without gradients; or one of transformers, see
+            `fsa.transformers_models`.
         tokenizer: list of texts -> (T,L) int64.
         name: open_clip's name, or "tiny".
         pretrained: the tag or the file that the weights come from.
@@ -60,7 +61,7 @@ class LoadedModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.visual.conv1.weight.dtype
+        return next(self.model.visual.parameters()).dtype
 
 
 def load_model(

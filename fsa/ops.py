@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 import fsa_kernels
 from fsa import torch_backend
@@ -178,7 +179,8 @@ def proxy_attention(
             "the first two sizes, images and patches, must agree"
         )
     _check_same("features", features, "value", value)
-    if not (math.isfinite(shift) and math.isfinite(gain) and gain > 0):
+    # Written with comparisons, which torch.compile traces; NaN fails them.
+    if not (abs(shift) < math.inf and 0 < gain < math.inf):
         raise InputError(
             f"shift={shift!r} and gain={gain!r} are not accepted: they must be finite, gain > 0"
         )
@@ -328,7 +330,19 @@ def _check_finite(name: str, tensor: Tensor) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Registration with torch.library
+# Registration with torch.library and torch.export
+
+# torch.export takes a configuration among a host's inputs as a constant: it has no leaves. There is
+# no public way yet to register a constant that can be saved with the program.
+_pytree.register_pytree_node(
+    FSAConfig,
+    lambda config: ([], config),
+    lambda _, config: config,
+    serialized_type_name="fsa.FSAConfig",
+    flatten_with_keys_fn=lambda config: ([], config),
+    to_dumpable_context=FSAConfig.to_dict,
+    from_dumpable_context=lambda fields: FSAConfig(**fields),
+)
 
 
 @torch.library.custom_op(

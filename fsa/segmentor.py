@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import fsa
@@ -20,6 +20,7 @@ from fsa.images import Picture, read_image
 from fsa.models import TINY, LoadedModel, load_model
 from fsa.result import Segmentation
 from fsa.text import Classes, TextEncoder, TextQueries
+from fsa.transformers_models import from_transformers
 from fsa.vfm import LAYER, VFM, load_vfm
 
 SEGMENTATION_SCALE = 40.0
@@ -48,8 +49,8 @@ _TINY = _Protocol(short_side=280, window=96, stride=48)
 
 
 def load_segmentor(
-    host: str = "clearclip",
-    model: str = TINY,
+    host: str | hosts.ReadOutFunction = "clearclip",
+    model: str | nn.Module = TINY,
     pretrained: str | None = None,
     vfm: str | Callable[[Tensor], Tensor] | None = None,
     feedback: bool | FSAConfig = True,
@@ -59,40 +60,60 @@ def load_segmentor(
     cache_dir: str | None = None,
     *,
     vfm_pretrained: bool | str | None = None,
+    processor: Any = None,
 ) -> Segmentor:
     """A segmentor for any class names.
 
     Args:
-        host: "clip", "maskclip", "sclip", "clearclip", "proxyclip", "qk", "qq", "kk" or "vv".
-        model: "tiny", the embedded model, or a name of open_clip's such as "ViT-B-16".
+        host: "clip", "maskclip", "sclip", "clearclip", "proxyclip", "naclip", "qk", "qq", "kk" or
+            "vv", or a function that returns the attention between patches; see `fsa.hosts.build`.
+        model: "tiny", the embedded model, or a name of open_clip's such as "ViT-B-16"; or a
+            `CLIPModel` or `SiglipModel` of transformers, with its `processor`.
         pretrained: a tag of open_clip's or the path of a checkpoint; see `fsa.models.load_model`.
         vfm: for "proxyclip" only: see `fsa.vfm.load_vfm`; default "dino", and for the embedded
             model "layer", which needs no second model.
         feedback: True for the published configuration, False for the host alone, or a
             configuration.
-        device: default the GPU if there is one, else the CPU.
-        dtype: default float16 on a GPU and float32 on the CPU.
+        device: default the GPU if there is one, else the CPU; of a model that is passed as an
+            object, where it is.
+        dtype: default float16 on a GPU and float32 on the CPU; of a model that is passed as an
+            object, what it is.
         backend: of the ops: "auto", "triton" or "torch".
         cache_dir: where downloaded weights are kept.
         vfm_pretrained: weights of the vfm; see `fsa.vfm.load_vfm`.
+        processor: of a model of transformers: its `CLIPProcessor` or `SiglipProcessor`.
 
     Raises:
         InputError: an argument that is not accepted.
         ModelUnavailableError: weights that are not there or cannot be fetched.
     """
     needs_vfm = hosts.host_class(host).needs_vfm
+    name = _host_name(host)
     if vfm is not None and not needs_vfm:
-        raise InputError(f"vfm was given, but host {host!r} takes none; it is for 'proxyclip'")
+        raise InputError(f"vfm was given, but host {name!r} takes none; it is for 'proxyclip'")
     if vfm_pretrained is not None and not needs_vfm:
         raise InputError(
-            f"vfm_pretrained was given, but host {host!r} takes no vfm; it is for 'proxyclip'"
+            f"vfm_pretrained was given, but host {name!r} takes no vfm; it is for 'proxyclip'"
         )
-    loaded = load_model(model, pretrained, device=device, dtype=dtype, cache_dir=cache_dir)
+    if isinstance(model, str):
+        if processor is not None:
+            raise InputError(
+                f"processor was given, but model={model!r} takes none; it is for models of "
+                "transformers"
+            )
+        loaded = load_model(model, pretrained, device=device, dtype=dtype, cache_dir=cache_dir)
+    else:
+        if pretrained is not None:
+            raise InputError(
+                f"pretrained={pretrained!r} was given with a model that has its weights; leave it "
+                "out, or pass a name as the model"
+            )
+        loaded = from_transformers(model, processor, device=device, dtype=dtype)
     built = hosts.build(host, loaded.model.visual, backend=backend)
     proxy = None
     if needs_vfm:
         proxy = load_vfm(
-            vfm if vfm is not None else (LAYER if model == TINY else _DEFAULT_VFM),
+            vfm if vfm is not None else (LAYER if loaded.name == TINY else _DEFAULT_VFM),
             tower=built.tower,
             mean=loaded.mean,
             std=loaded.std,
@@ -101,14 +122,14 @@ def load_segmentor(
         )
     # Raises here, before any picture, where the backend cannot run.
     fsa.explain(device=loaded.device, dtype=loaded.dtype, backend=backend)
-    return Segmentor(host, built, loaded, TextEncoder(loaded), proxy, feedback)
+    return Segmentor(name, built, loaded, TextEncoder(loaded), proxy, feedback)
 
 
 class Segmentor:
     """Segments pictures into any classes; made by `load_segmentor`.
 
     Attributes:
-        host_name: as `load_segmentor` took it.
+        host_name: as `load_segmentor` took it; of a function, its name.
         host: the module behind it.
         loaded: the CLIP model.
         vfm: ProxyCLIP's other model, or None.
@@ -137,7 +158,10 @@ class Segmentor:
         return Segmentor(self.host_name, self.host, self.loaded, self._text, self.vfm, feedback)
 
     def with_host(
-        self, host: str, *, vfm: str | Callable[[Tensor], Tensor] | None = None
+        self,
+        host: str | hosts.ReadOutFunction,
+        *,
+        vfm: str | Callable[[Tensor], Tensor] | None = None,
     ) -> Segmentor:
         """The same CLIP model under another host; feedback=True stays the published one there.
 
@@ -145,6 +169,7 @@ class Segmentor:
             host: as in `load_segmentor`.
             vfm: for "proxyclip": as in `load_segmentor`; default "layer".
         """
+        name = _host_name(host)
         built = hosts.build(host, self.loaded.model.visual, backend=self.host.backend)
         proxy = None
         if built.needs_vfm:
@@ -155,8 +180,8 @@ class Segmentor:
                 std=self.loaded.std,
             )
         elif vfm is not None:
-            raise InputError(f"vfm was given, but host {host!r} takes none; it is for 'proxyclip'")
-        return Segmentor(host, built, self.loaded, self._text, proxy, self._feedback)
+            raise InputError(f"vfm was given, but host {name!r} takes none; it is for 'proxyclip'")
+        return Segmentor(name, built, self.loaded, self._text, proxy, self._feedback)
 
     def segment(
         self,
@@ -285,6 +310,29 @@ class Segmentor:
         std = torch.tensor(self.loaded.std, device=device)[:, None, None]
         return (image[0] - mean) / std
 
+    @torch.no_grad()
+    def forward(self, windows: Tensor, text_features: Tensor) -> Tensor:
+        """The whole computation of one batch of windows, for `torch.compile` and the like.
+
+        Args:
+            windows: (B,3,H,W), normalised with the model's mean and deviation, in its type and on
+                its device; H and W multiples of the patch sizes of the model and of the vfm.
+            text_features: (Q,E) float32, of unit length.
+
+        Returns:
+            Cosines (B,Q,rows,columns) float32, on the host's grid.
+
+        Raises:
+            InputError: as `Host.features`.
+        """
+        vfm_features = self.vfm(windows) if self.vfm else None
+        features = self.host.features(
+            windows, text_features, vfm_features=vfm_features, config=self.config
+        )
+        unit = functional.normalize(features.float(), dim=-1)
+        grid = self.host.grid(*windows.shape[-2:], vfm_features)
+        return (unit @ text_features.T).transpose(1, 2).unflatten(2, grid)
+
     def _window_cosines(self, crops: Tensor, queries: TextQueries) -> Iterator[Tensor]:
         """Cosines (Q,h,w) of each of the windows (B,3,h,w), upsampled to their size."""
         height, width = crops.shape[-2:]
@@ -292,17 +340,15 @@ class Segmentor:
         multiple = tuple(math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
         padded, (top, left) = windows.pad_to_multiple(crops, multiple)
         padded = padded.to(self.loaded.dtype)
-        vfm_features = self.vfm(padded) if self.vfm else None
-        features = self.host.features(
-            padded, queries.features, vfm_features=vfm_features, config=self.config
-        )
-        unit = functional.normalize(features.float(), dim=-1)
-        cosines = (unit @ queries.features.T).transpose(1, 2)
-        grid = self.host.grid(*padded.shape[-2:], vfm_features)
+        cosines = self.forward(padded, queries.features)
         # One window at a time: at full size all of them, for all queries, are large.
-        for maps in cosines.unflatten(2, grid).split(1):
+        for maps in cosines.split(1):
             maps = functional.interpolate(maps, size=padded.shape[-2:], mode="bilinear")
             yield maps[0, :, top : top + height, left : left + width]
+
+
+def _host_name(host: str | hosts.ReadOutFunction) -> str:
+    return host if isinstance(host, str) else getattr(host, "__name__", type(host).__name__)
 
 
 def _resolve_feedback(feedback: bool | FSAConfig, vfm: VFM | None, model: str) -> FSAConfig | None:

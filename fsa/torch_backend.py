@@ -214,12 +214,17 @@ def _rows_times(weights: Tensor, columns: Tensor) -> Tensor:
 
     A GPU's half-precision product accumulates in float32 by itself. On the CPU half-precision
     operands are widened, the columns whole and the weights a block of rows at a time; the result
-    then stays in float32.
+    then stays in float32. Not where a compiler traces, which would make a graph of its own for
+    every number of blocks.
     """
     B, N, _ = weights.shape
-    if weights.device.type != "cpu" or weights.dtype not in (torch.float16, torch.bfloat16):
+    if (
+        torch.compiler.is_compiling()
+        or weights.device.type != "cpu"
+        or weights.dtype not in (torch.float16, torch.bfloat16)
+    ):
         columns = columns.to(weights.dtype)
-        if N >= _ONEDNN_LEAST_PATCHES and _takes_onednn(weights):
+        if _takes_onednn(weights) and N >= _ONEDNN_LEAST_PATCHES:
             return torch.stack(
                 [_onednn_product(w, c) for w, c in zip(weights, columns, strict=True)]
             )
@@ -232,11 +237,12 @@ def _rows_times(weights: Tensor, columns: Tensor) -> Tensor:
 
 
 def _takes_onednn(weights: Tensor) -> bool:
+    # First of all not where a compiler traces: it can ask for neither oneDNN nor N, which varies.
     return (
-        weights.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and weights.device.type == "cpu"
         and weights.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
-        and not torch.compiler.is_compiling()
     )
 
 

@@ -1,4 +1,4 @@
-"""Vision models whose features guide ProxyCLIP: DINO, DINOv2, SAM, MAE, CLIP's own, or a user's."""
+"""Vision models whose features guide ProxyCLIP: DINO, v2, v3, SAM, MAE, CLIP's own, or a user's."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class _Known:
 _KNOWN = {
     "dino": _Known("vit_base_patch8_224.dino"),
     "dinov2": _Known("vit_base_patch14_reg4_dinov2.lvd142m"),
+    "dinov3": _Known("vit_base_patch16_dinov3.lvd1689m"),
     "sam": _Known("samvit_base_patch16.sa1b", side=1024),
     "mae": _Known("vit_base_patch16_224.mae"),
 }
@@ -75,9 +76,10 @@ def load_vfm(
     """A vision model for ProxyCLIP.
 
     Args:
-        vfm: "dino", "dinov2", "sam" or "mae" (ViT-B, through timm); "layer" or "layer:K", what
-            enters block K of CLIP's own tower (default the middle one), which needs no second
-            model; or any callable (B,3,H,W) -> (B,F,gh,gw) on pictures normalised for CLIP.
+        vfm: "dino", "dinov2", "dinov3", "sam" or "mae" (ViT-B, through timm); "layer" or
+            "layer:K", what enters block K of CLIP's own tower (default the middle one), which
+            needs no second model; or any callable (B,3,H,W) -> (B,F,gh,gw) on pictures
+            normalised for CLIP.
         tower: CLIP's vision tower; its device and type are used.
         mean, std: CLIP's statistics, which pictures come normalised with.
         pretrained: for timm's models: None or True fetches its weights, a path reads them from a
@@ -103,8 +105,7 @@ def load_vfm(
         )
     known = _KNOWN[vfm]
     model = _create(vfm, known, pretrained, cache_dir)
-    weight = tower.visual.conv1.weight
-    model = model.eval().requires_grad_(False).to(weight.device, weight.dtype)
+    model = model.eval().requires_grad_(False).to(tower.device, tower.dtype)
     return _TimmVFM(vfm, model, known.side, mean, std)
 
 

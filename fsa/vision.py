@@ -17,12 +17,17 @@ class Tower(nn.Module):
     "Plain" means: patch tokens and one class token, residual blocks with PyTorch's multi-head
     attention, no attentional pooling.
 
+    Attributes:
+        prefix_tokens: how many tokens come before the patches': the class token.
+
     Args:
         visual: the `visual` part of an open_clip model; used as it is, neither copied nor changed.
 
     Raises:
         InputError: another kind of tower.
     """
+
+    prefix_tokens = 1
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
@@ -42,7 +47,16 @@ class Tower(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The type that images must have."""
-        return self.visual.conv1.weight.dtype
+        return self._patch_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where images must be."""
+        return self._patch_weight.device
+
+    @property
+    def _patch_weight(self) -> Tensor:
+        return self.visual.conv1.weight
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches of a picture of this size in pixels.
@@ -78,7 +92,7 @@ class Tower(nn.Module):
                 f"layer={layer} is not accepted: the tower has blocks 0 to {self.layers - 1}"
             )
         rows, columns = self.grid(*images.shape[-2:])
-        tokens = self._run_blocks(images, layer)[:, 1:]
+        tokens = self._run_blocks(images, layer)[:, self.prefix_tokens :]
         return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
     def project(self, tokens: Tensor, names: str) -> dict[str, Tensor]:
@@ -137,21 +151,36 @@ class Tower(nn.Module):
         """Patch and class embeddings with positions: (B,3,H,W) -> (B,1+N,D)."""
         grid = self.grid(*images.shape[-2:])
         patches = self.visual.conv1(images).flatten(2).transpose(1, 2)
-        first = self.visual.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        first = self.visual.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         tokens = torch.cat([first, patches], dim=1)
         return self.visual.ln_pre(tokens + self._positions(grid).to(tokens.dtype))
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        """Positional embeddings (1+N,D), resized bicubically where the grid is not the trained."""
-        positions = self.visual.positional_embedding
+        """Positional embeddings (1+N,D) for the grid."""
         trained_grid = tuple(self.visual.grid_size)
-        if grid == trained_grid:
-            return positions
-        of_patches = positions[1:].unflatten(0, trained_grid).permute(2, 0, 1)[None]
-        # In float32: half-precision bicubic resizing is not there on every device.
-        resized = functional.interpolate(of_patches.float(), size=grid, mode="bicubic")
-        of_patches = resized[0].flatten(1).T.to(positions.dtype)
-        return torch.cat([positions[:1], of_patches])
+        return resized_positions(
+            self.visual.positional_embedding, trained_grid, grid, self.prefix_tokens
+        )
+
+
+def resized_positions(
+    positions: Tensor, trained_grid: tuple[int, int], grid: tuple[int, int], prefix_tokens: int
+) -> Tensor:
+    """Positional embeddings of another grid than the trained one, bicubic; those before it stay.
+
+    Args:
+        positions: (prefix_tokens + trained patches, D).
+        trained_grid, grid: rows and columns.
+        prefix_tokens: how many rows of `positions` belong to no patch.
+    """
+    # A compiler would make a graph of its own for the trained grid; there resizing is the identity.
+    if not torch.compiler.is_compiling() and grid == trained_grid:
+        return positions
+    of_patches = positions[prefix_tokens:].unflatten(0, trained_grid).permute(2, 0, 1)[None]
+    # In float32: half-precision bicubic resizing is not there on every device.
+    resized = functional.interpolate(of_patches.float(), size=grid, mode="bicubic")
+    of_patches = resized[0].flatten(1).T.to(positions.dtype)
+    return torch.cat([positions[:prefix_tokens], of_patches])
 
 
 def _require_plain(visual: nn.Module) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from open_clip.transformer import VisionTransformer
@@ -9,6 +11,8 @@ from torch.nn import functional
 
 import fsa
 from fsa import FSAConfig, InputError, hosts, reference
+from fsa.hosts import LastAttention
+from fsa.hosts.self_attention import self_read_out
 from tests.accuracy import MODEL_VECTORS, relative_error, vector
 
 CLIP_HOSTS = [name for name in hosts.names() if name != "proxyclip"]
@@ -136,6 +140,147 @@ def test_a_host_with_feedback_is_the_definition_written_with_matrices(name, pair
     adapted = reference.adapt(value, whole, matrix)
     # The terms in which feedback comes last never read the class token's value.
     assert relative_error(host.features(images, text, config=CONFIG), tail(adapted)) < 1e-11
+
+
+def with_feedback_by_matrices(tower, tokens, matrix, value, text, config=CONFIG):
+    """Features with feedback of a host without residual, A and V written out, (B,N,E).
+
+    A (B,H,L,L) and V (B,H,L,d); the first L - N tokens are no patches.
+    """
+    before = tower.prefix_tokens if matrix.shape[-1] == tokens.shape[1] else 0
+
+    def tail(heads):
+        return tower.embed(tower.attention_branch(heads[:, :, before:]))
+
+    def logits(features, scale):
+        return scale * functional.normalize(features, dim=-1) @ text.T
+
+    uniform = tail(torch.full_like(matrix, 1 / matrix.shape[-1]) @ value)
+    feedback = reference.feedback_attention(
+        logits(tail(matrix @ value), 20), logits(uniform, 35), config
+    )
+    whole = torch.zeros_like(matrix[:, 0])
+    whole[:, :before, :before] = torch.eye(before)
+    whole[:, before:, before:] = feedback
+    return tail(matrix @ value), tail(reference.adapt(value, whole, matrix, config))
+
+
+def naclip_matrix(visual, images, std):
+    """NACLIP's attention (B,H,1+N,1+N), the neighbourhood summed patch by patch."""
+    tower, tokens, _, value = last_attention(visual, images, ())
+    key = tower.project(tokens, "k")["k"]
+    scores = key @ key.transpose(2, 3) / key.shape[-1] ** 0.5
+    rows, columns = tower.grid(*images.shape[-2:])
+    places = [(row, column) for row in range(rows) for column in range(columns)]
+    for i, (row, column) in enumerate(places):
+        for j, (other_row, other_column) in enumerate(places):
+            distance = math.dist((row, column), (other_row, other_column))
+            scores[:, :, 1 + i, 1 + j] += math.exp(-(distance**2) / (2 * std**2))
+    return tower, tokens, scores.softmax(dim=-1), value
+
+
+@pytest.mark.parametrize("std", [5.0, 0.7])
+def test_naclip_is_the_definition_written_with_matrices(std):
+    visual = random_tower().double()
+    images, text, _ = random_inputs(height=24, width=40, dtype=torch.float64)
+    initial, adapted = with_feedback_by_matrices(*naclip_matrix(visual, images, std), text)
+    host = hosts.build("naclip", visual, std=std)
+    assert relative_error(host.features(images, text), initial) < 1e-12
+    assert relative_error(host.features(images, text, config=CONFIG), adapted) < 1e-11
+    if std == 5.0:  # The published one.
+        default = hosts.build("naclip", visual).features(images, text)
+        assert relative_error(default, initial) < 1e-12
+
+
+@pytest.mark.parametrize("std", [0, -1.0, float("nan"), float("inf"), True, "wide"])
+def test_naclip_needs_a_width(std):
+    with pytest.raises(InputError, match="std"):
+        hosts.build("naclip", random_tower(), std=std)
+
+
+def value_affinity(block):
+    """A read-out of a test's own: the values' cosines, sharpened."""
+    unit = functional.normalize(block.value[:, :, block.prefix_tokens :], dim=-1)
+    return (unit @ unit.transpose(2, 3) * 5).softmax(dim=-1)
+
+
+@pytest.mark.parametrize("heads", ["per head", "shared"])
+def test_a_function_of_the_users_is_a_host(heads):
+    visual = random_tower().double()
+    images, text, _ = random_inputs(height=24, width=40, dtype=torch.float64)
+    seen = []
+
+    def mine(block):
+        seen.append(block)
+        matrix = value_affinity(block)
+        return matrix if heads == "per head" else matrix.mean(dim=1)
+
+    host = hosts.build(mine, visual)
+    features = host.features(images, text)
+    with_feedback = host.features(images, text, config=CONFIG)
+
+    block = seen[-1]
+    tower, tokens, _, value = last_attention(visual, images, ())
+    assert block.grid == (3, 5)
+    assert torch.equal(block.images, images)
+    assert torch.equal(block.tokens, tokens)
+    assert torch.equal(block.query, tower.project(tokens, "q")["q"])
+    assert torch.equal(block.key, tower.project(tokens, "k")["k"])
+    torch.testing.assert_close(block.value, value)
+    matrix = value_affinity(block)
+    if heads == "shared":
+        matrix = matrix.mean(dim=1, keepdim=True).expand_as(matrix)
+    initial, adapted = with_feedback_by_matrices(tower, tokens, matrix, value[:, :, 1:], text)
+    assert relative_error(features, initial) < 1e-12
+    assert relative_error(with_feedback, adapted) < 1e-11
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_a_function_can_be_clearclip(residual):
+    visual = random_tower().double()
+    images, text, _ = random_inputs(dtype=torch.float64)
+
+    def clearclip(block):
+        projected = {"q": block.query, "v": block.value}
+        return self_read_out(projected, ("qq",), prefix_tokens=block.prefix_tokens)
+
+    for config in (None, CONFIG):
+        features = hosts.build(clearclip, visual, residual=residual).features(
+            images, text, config=config
+        )
+        expected = hosts.build("clearclip", visual, residual=residual).features(
+            images, text, config=config
+        )
+        assert torch.equal(features, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_function_in_half_precision(dtype):
+    images, text, _ = random_inputs()
+    exact = hosts.build(value_affinity, random_tower()).features(images, text, config=CONFIG)
+    host = hosts.build(value_affinity, random_tower().to(dtype))
+    features = host.features(images.to(dtype), text.to(dtype), config=CONFIG)
+    assert features.dtype == dtype
+    assert relative_error(features, exact) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("read_out", "message"),
+    [
+        (lambda block: None, r"'<lambda>' must have shape .* it has a NoneType"),
+        (lambda block: value_affinity(block)[..., 1:], "the attention returned by the read-out"),
+        (
+            lambda block: LastAttention(
+                block.value, lambda x: x, block.value, block.value[:, :, :1]
+            ),
+            r"value returned by the read-out .* it has shape \(2, 3, 17, 8\)",
+        ),
+    ],
+)
+def test_a_function_that_returns_something_else_is_told_so(read_out, message):
+    images, text, _ = random_inputs()
+    with pytest.raises(InputError, match=message):
+        hosts.build(read_out, random_tower()).features(images, text)
 
 
 @pytest.mark.parametrize("residual", [True, False])

@@ -15,6 +15,7 @@ MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 SMALL = {
     "dino": "vit_tiny_patch16_224",
     "dinov2": "vit_little_patch16_reg4_gap_256",
+    "dinov3": "vit_tiny_patch16_dinov3_qkvb",
     "mae": "vit_tiny_patch16_224",
 }
 
@@ -49,6 +50,20 @@ def test_features_are_the_normed_patch_tokens(name, height, width, tower, small)
     patches = tokens[:, model.model.num_prefix_tokens :]
     assert patches.shape[1] == rows * columns
     torch.testing.assert_close(features.flatten(2).transpose(1, 2), patches, rtol=1e-3, atol=1e-4)
+
+
+def test_dinov3_gives_patches_alone_and_knows_where_they_are(tower, small):
+    model = load("dinov3", tower)
+    assert model.model.num_prefix_tokens == 5  # A class token and four registers.
+    for name, parameter in model.model.named_parameters():
+        if "gamma" in name:  # Untrained layer scale all but switches the blocks off.
+            parameter.fill_(1)
+    images = torch.zeros(1, 3, 48, 80)
+    images[..., :16, :16] = 1
+    features = model(images)
+    assert features.shape == (1, 192, 3, 5)
+    # Of two equal patches only the rotary positions tell which is nearer to the other one.
+    assert not torch.allclose(features[..., 0, 1], features[..., 2, 4], atol=1e-5)
 
 
 def test_the_names_are_models_of_timm():

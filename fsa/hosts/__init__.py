@@ -1,6 +1,7 @@
 """The hosts: training-free CLIP segmentors that feedback plugs into.
 
-`build(name, visual)` turns the vision tower of any plain open_clip ViT into one of them.
+`build(name, visual)` turns the vision tower of any plain open_clip ViT into one of them, or into
+one whose attention is a function of yours.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from torch import nn
 
 from fsa.errors import InputError
 from fsa.hosts.base import Host, LastAttention
+from fsa.hosts.naclip import NACLIP
 from fsa.hosts.proxy import ProxyCLIP
+from fsa.hosts.read_out import LastBlock, ReadOut, ReadOutFunction
 from fsa.hosts.self_attention import (
     CLIP,
     SCLIP,
@@ -24,7 +27,17 @@ from fsa.hosts.self_attention import (
     ValueValue,
 )
 
-__all__ = ["Host", "LastAttention", "SelfAttentionHost", "build", "host_class", "names"]
+__all__ = [
+    "Host",
+    "LastAttention",
+    "LastBlock",
+    "ReadOut",
+    "ReadOutFunction",
+    "SelfAttentionHost",
+    "build",
+    "host_class",
+    "names",
+]
 
 _HOSTS: dict[str, type[Host]] = {
     "clip": CLIP,
@@ -32,6 +45,7 @@ _HOSTS: dict[str, type[Host]] = {
     "sclip": SCLIP,
     "clearclip": ClearCLIP,
     "proxyclip": ProxyCLIP,
+    "naclip": NACLIP,
     "qk": QueryKey,
     "qq": QueryQuery,
     "kk": KeyKey,
@@ -44,31 +58,39 @@ def names() -> tuple[str, ...]:
     return tuple(_HOSTS)
 
 
-def host_class(name: str) -> type[Host]:
-    """The class behind a name.
+def host_class(host: str | ReadOutFunction) -> type[Host]:
+    """The class behind a name, or behind a function of the user's.
 
     Raises:
         InputError: an unknown name.
     """
-    if name not in _HOSTS:
-        raise InputError(f"host={name!r} is not known: it must be one of {', '.join(_HOSTS)}")
-    return _HOSTS[name]
+    if callable(host):
+        return ReadOut
+    if not isinstance(host, str) or host not in _HOSTS:
+        raise InputError(
+            f"host={host!r} is not known: it must be one of {', '.join(_HOSTS)}, or a function "
+            "that returns the attention between patches"
+        )
+    return _HOSTS[host]
 
 
-def build(name: str, visual: nn.Module, **host_options: Any) -> Host:
+def build(host: str | ReadOutFunction, visual: nn.Module, **host_options: Any) -> Host:
     """A host on an open_clip vision tower.
 
     Args:
-        name: one of `names()`.
+        host: one of `names()`, or a function from a `LastBlock` to the attention between its
+            patches, (B,N,N) or (B,H,N,N): with it a method that is not a host here gets feedback.
+            See `ReadOut`.
         visual: the `visual` part of an open_clip model, a plain `VisionTransformer`.
         **host_options: `backend` for all; `residual` for all but ProxyCLIP; `shift` and `gain`
-            for ProxyCLIP.
+            for ProxyCLIP; `std` for NACLIP.
 
     Raises:
         InputError: an unknown name or option, or another kind of tower.
     """
-    cls = host_class(name)
+    cls = host_class(host)
+    arguments = (visual, host) if cls is ReadOut else (visual,)
     try:
-        return cls(visual, **host_options)
+        return cls(*arguments, **host_options)
     except TypeError as error:
-        raise InputError(f"host {name!r} does not take these options: {error}") from None
+        raise InputError(f"host {host!r} does not take these options: {error}") from None

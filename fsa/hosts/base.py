@@ -14,6 +14,9 @@ from fsa.config import FSAConfig
 from fsa.errors import InputError
 from fsa.vision import Tower
 
+# With the identity for A the three adaptations are one: A_f V.
+_ONLY = FSAConfig(adaptations=("only",))
+
 
 @dataclass(frozen=True)
 class LastAttention:
@@ -22,22 +25,62 @@ class LastAttention:
     Attributes:
         value: V (B,H,N,d).
         apply: (B,H,N,d) -> (B,H,N,d), applies the host's attention A. Where the host attends to
-            the class token, its value stays what it is.
+            the class token, its value stays what it is. None where A is the identity.
         attended: A V (B,H,N,d).
         mean_value: (B,H,1,d), V under uniform attention over everything the host attends to.
     """
 
     value: Tensor
-    apply: Callable[[Tensor], Tensor]
+    apply: Callable[[Tensor], Tensor] | None
     attended: Tensor
     mean_value: Tensor
+
+
+def adapted_heads(
+    attention: LastAttention,
+    tail: Callable[[Tensor], Tensor],
+    text_features: Tensor,
+    config: FSAConfig,
+    backend: str,
+) -> Tensor:
+    """The feedback loop: what the heads gather under the adapted attention, (B,H,N,d).
+
+    Args:
+        attention: of the host's last block.
+        tail: from what heads gather, (B,H,N,d) or (B,H,1,d), to features (B,N,E) in the space
+            shared with text.
+        text_features: (C,E) of unit length.
+        config: how feedback is computed.
+        backend: of the ops.
+    """
+    uniform_logits = None
+    if config.isolation:
+        uniform = _cosines(tail(attention.mean_value), text_features)
+        uniform_logits = uniform * config.uniform_logit_scale
+    heads = attention.attended
+    for _ in range(config.iterations):
+        feedback = ops.feedback_attention(
+            _cosines(tail(heads), text_features) * config.logit_scale,
+            uniform_logits,
+            config=config,
+            backend=backend,
+        )
+        heads = ops.adapt(
+            attention.value,
+            feedback.to(attention.value.dtype),
+            attention.apply or _identity,
+            attended=attention.attended,
+            config=_ONLY if attention.apply is None else config,
+            backend=backend,
+        )
+    return heads
 
 
 class Host(nn.Module):
     """A training-free CLIP segmentor: a vision tower with another attention in its last block.
 
     Args:
-        visual: a plain open_clip `VisionTransformer`.
+        visual: a plain open_clip `VisionTransformer`, or a `Tower`.
         residual: whether the last block keeps its residual connection and feed-forward network;
             None takes what the method published.
         backend: of the ops, "auto", "triton" or "torch".
@@ -52,7 +95,7 @@ class Host(nn.Module):
         super().__init__()
         if backend not in ops.BACKENDS:
             raise InputError(f"backend={backend!r} is not known: it must be one of {ops.BACKENDS}")
-        self.tower = Tower(visual)
+        self.tower = visual if isinstance(visual, Tower) else Tower(visual)
         self.residual = self.published_residual if residual is None else residual
         self.backend = backend
 
@@ -97,45 +140,26 @@ class Host(nn.Module):
         """
         self._check(images, text_features, vfm_features, config)
         tokens = self.tower.trunk(images)
-        attention = self.attention(tokens, self.tower.grid(*images.shape[-2:]), vfm_features)
-        features = self._tail(tokens, attention.attended)
-        if config is None:
-            return features
+        attention = self.attention(tokens, images, vfm_features)
 
-        uniform_logits = None
-        if config.isolation:
-            uniform = self._tail(tokens, attention.mean_value)
-            uniform_logits = _cosines(uniform, text_features) * config.uniform_logit_scale
-        for _ in range(config.iterations):
-            patch_logits = _cosines(features, text_features) * config.logit_scale
-            feedback = ops.feedback_attention(
-                patch_logits, uniform_logits, config=config, backend=self.backend
-            )
-            features = self._tail(tokens, self.adapt(attention, feedback, config))
-        return features
+        def tail(heads: Tensor) -> Tensor:
+            return self._tail(tokens, heads)
+
+        if config is None:
+            return tail(attention.attended)
+        return tail(adapted_heads(attention, tail, text_features, config, self.backend))
 
     def attention(
-        self, tokens: Tensor, grid: tuple[int, int], vfm_features: Tensor | None
+        self, tokens: Tensor, images: Tensor, vfm_features: Tensor | None
     ) -> LastAttention:
-        """The attention of the last block for tokens (B,1+N,D) on a grid of patches."""
+        """The attention of the last block for the tokens (B,1+N,D) of images (B,3,H,W)."""
         raise NotImplementedError
-
-    def adapt(self, attention: LastAttention, feedback: Tensor, config: FSAConfig) -> Tensor:
-        """The values adapted by feedback A_f (B,N,N): (B,H,N,d)."""
-        return ops.adapt(
-            attention.value,
-            feedback.to(attention.value.dtype),
-            attention.apply,
-            attended=attention.attended,
-            config=config,
-            backend=self.backend,
-        )
 
     def _tail(self, tokens: Tensor, heads: Tensor) -> Tensor:
         """From what the heads gathered, (B,H,N,d) or (B,H,1,d), to features in the shared space."""
         branch = self.tower.attention_branch(heads)
         if self.residual:
-            branch = self.tower.residual_branches(tokens[:, 1:], branch)
+            branch = self.tower.residual_branches(tokens[:, self.tower.prefix_tokens :], branch)
         return self.tower.embed(branch)
 
     def _check(
@@ -146,19 +170,19 @@ class Host(nn.Module):
         config: FSAConfig | None,
     ) -> None:
         tower = self.tower
-        if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        # Sizes are asked of `shape`: len() would make constants of them in torch.export.
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[0] == 0:
             raise InputError(f"images must be (B, 3, H, W); they have shape {tuple(images.shape)}")
         tower.grid(*images.shape[-2:])
-        device = tower.visual.conv1.weight.device
-        if images.dtype != tower.dtype or images.device != device:
+        if images.dtype != tower.dtype or images.device != tower.device:
             raise InputError(
                 f"images are {images.dtype} on {images.device}; the vision tower is "
-                f"{tower.dtype} on {device}"
+                f"{tower.dtype} on {tower.device}"
             )
         if (
             text_features.ndim != 2
             or text_features.shape[1] != tower.output_dim
-            or (len(text_features) == 0)
+            or (text_features.shape[0] == 0)
         ):
             raise InputError(
                 f"text_features must be (C, {tower.output_dim}) for this model; they have shape "
@@ -185,6 +209,10 @@ def _cosines(features: Tensor, text_features: Tensor) -> Tensor:
     """
     unit = functional.normalize(_at_least_float32(features), dim=-1)
     return unit @ text_features.to(unit.dtype).T
+
+
+def _identity(values: Tensor) -> Tensor:
+    return values
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

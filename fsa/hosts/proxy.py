@@ -11,6 +11,50 @@ from fsa.errors import InputError
 from fsa.hosts.base import Host, LastAttention
 
 
+def proxy_read_out(
+    vfm_features: Tensor,
+    value: Tensor,
+    grid: tuple[int, int],
+    shift: float,
+    gain: float,
+    backend: str,
+) -> LastAttention:
+    """ProxyCLIP's attention on the grid of the other model.
+
+    Args:
+        vfm_features: (B,F,gh,gw).
+        value: V (B,H,N,d) of CLIP's patches, on their own grid.
+        grid: rows and columns of `value`.
+        shift, gain: see `fsa.proxy_attention`.
+        backend: of the ops.
+    """
+    value = _resize(value, grid, tuple(vfm_features.shape[-2:]))
+    features = vfm_features.flatten(2).transpose(1, 2).to(value.dtype)
+    heads = value.shape[1]
+
+    def attend(values: Tensor) -> Tensor:
+        columns = values.transpose(1, 2).flatten(2)
+        attended = ops.proxy_attention(features, columns, shift=shift, gain=gain, backend=backend)
+        return attended.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    return LastAttention(
+        value=value,
+        apply=attend,
+        attended=attend(value),
+        mean_value=value.mean(dim=2, keepdim=True),
+    )
+
+
+def _resize(value: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Values (B,H,N,d) from one grid of patches to another."""
+    if grid == new_grid:
+        return value
+    heads = value.shape[1]
+    maps = value.transpose(2, 3).flatten(1, 2).unflatten(-1, grid)
+    resized = interpolate(maps, size=new_grid, mode="bilinear", align_corners=False)
+    return resized.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)
+
+
 class ProxyCLIP(Host):
     """ProxyCLIP (Lan et al., ECCV 2024), without residual and feed-forward network.
 
@@ -42,33 +86,11 @@ class ProxyCLIP(Host):
         return tuple(vfm_features.shape[-2:])
 
     def attention(
-        self, tokens: Tensor, grid: tuple[int, int], vfm_features: Tensor | None
+        self, tokens: Tensor, images: Tensor, vfm_features: Tensor | None
     ) -> LastAttention:
-        value = self.tower.project(tokens[:, 1:], "v")["v"]
-        value = self._resize(value, grid, tuple(vfm_features.shape[-2:]))
-        features = vfm_features.flatten(2).transpose(1, 2).to(value.dtype)
-
-        def attend(values: Tensor) -> Tensor:
-            columns = values.transpose(1, 2).flatten(2)
-            attended = ops.proxy_attention(
-                features, columns, shift=self.shift, gain=self.gain, backend=self.backend
-            )
-            return attended.unflatten(-1, (self.tower.heads, -1)).transpose(1, 2)
-
-        return LastAttention(
-            value=value,
-            apply=attend,
-            attended=attend(value),
-            mean_value=value.mean(dim=2, keepdim=True),
-        )
-
-    def _resize(self, value: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-        """Values (B,H,N,d) from one grid of patches to another."""
-        if grid == new_grid:
-            return value
-        maps = value.transpose(2, 3).flatten(1, 2).unflatten(-1, grid)
-        resized = interpolate(maps, size=new_grid, mode="bilinear", align_corners=False)
-        return resized.flatten(2).unflatten(1, (self.tower.heads, -1)).transpose(2, 3)
+        value = self.tower.project(tokens[:, self.tower.prefix_tokens :], "v")["v"]
+        grid = self.tower.grid(*images.shape[-2:])
+        return proxy_read_out(vfm_features, value, grid, self.shift, self.gain, self.backend)
 
     def _check(
         self,
@@ -78,9 +100,9 @@ class ProxyCLIP(Host):
         config: FSAConfig | None,
     ) -> None:
         super()._check(images, text_features, vfm_features, config)
-        if vfm_features.ndim != 4 or len(vfm_features) != len(images):
+        if vfm_features.ndim != 4 or vfm_features.shape[0] != images.shape[0]:
             raise InputError(
-                f"vfm_features must be (B, F, gh, gw) with B = {len(images)}; they have shape "
+                f"vfm_features must be (B, F, gh, gw) with B = {images.shape[0]}; they have shape "
                 f"{tuple(vfm_features.shape)}"
             )
         if vfm_features.device != images.device:

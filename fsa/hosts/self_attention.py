@@ -3,11 +3,51 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from fsa.config import FSAConfig
 from fsa.hosts.base import Host, LastAttention
+
+
+def self_read_out(
+    projected: dict[str, Tensor],
+    pairs: tuple[str, ...],
+    *,
+    prefix_tokens: int = 1,
+    bias: Tensor | None = None,
+) -> LastAttention:
+    """Sum of softmax(a b^T / sqrt(d) + bias) over pairs (a, b) of queries, keys and values.
+
+    Args:
+        projected: "v" and the others that `pairs` name, each (B,H,L,d), class token first.
+        pairs: such as ("qk",) or ("qq", "kk").
+        prefix_tokens: how many tokens before the patches; they are keys, and stay what they are.
+        bias: (N,L), added to the scores of patches, or None.
+    """
+    value = projected["v"]
+    prefix, patches = value[:, :, :prefix_tokens], value[:, :, prefix_tokens:]
+
+    def attend(values: Tensor) -> Tensor:
+        return sum(
+            scaled_dot_product_attention(
+                projected[a][:, :, prefix_tokens:], projected[b], values, attn_mask=bias
+            )
+            for a, b in pairs
+        )
+
+    return LastAttention(
+        value=patches,
+        apply=lambda x: attend(torch.cat([prefix, x], dim=2)),
+        attended=attend(value),
+        mean_value=value.mean(dim=2, keepdim=True),
+    )
+
+
+def identity_read_out(value: Tensor) -> LastAttention:
+    """Each patch attends to itself alone: V (B,H,N,d) of patches."""
+    return LastAttention(
+        value=value, apply=None, attended=value, mean_value=value.mean(dim=2, keepdim=True)
+    )
 
 
 class SelfAttentionHost(Host):
@@ -19,25 +59,20 @@ class SelfAttentionHost(Host):
     pairs: tuple[str, ...]
 
     def attention(
-        self, tokens: Tensor, grid: tuple[int, int], vfm_features: Tensor | None
+        self, tokens: Tensor, images: Tensor, vfm_features: Tensor | None
     ) -> LastAttention:
         needed = {*"".join(self.pairs), "v"}
         projected = self.tower.project(tokens, "".join(name for name in "qkv" if name in needed))
-        value = projected["v"]
-        class_value, patch_value = value[:, :, :1], value[:, :, 1:]
-
-        def attend(values: Tensor) -> Tensor:
-            return sum(
-                scaled_dot_product_attention(projected[a][:, :, 1:], projected[b], values)
-                for a, b in self.pairs
-            )
-
-        return LastAttention(
-            value=patch_value,
-            apply=lambda x: attend(torch.cat([class_value, x], dim=2)),
-            attended=attend(value),
-            mean_value=value.mean(dim=2, keepdim=True),
+        return self_read_out(
+            projected,
+            self.pairs,
+            prefix_tokens=self.tower.prefix_tokens,
+            bias=self.bias(tokens, images),
         )
+
+    def bias(self, tokens: Tensor, images: Tensor) -> Tensor | None:
+        """What is added to the scores of patches, (N,L) in the type of the tokens, or None."""
+        return None
 
 
 class CLIP(SelfAttentionHost):
@@ -96,16 +131,7 @@ class MaskCLIP(Host):
     published_residual = True
 
     def attention(
-        self, tokens: Tensor, grid: tuple[int, int], vfm_features: Tensor | None
+        self, tokens: Tensor, images: Tensor, vfm_features: Tensor | None
     ) -> LastAttention:
-        value = self.tower.project(tokens[:, 1:], "v")["v"]
-        return LastAttention(
-            value=value,
-            apply=nn.Identity(),
-            attended=value,
-            mean_value=value.mean(dim=2, keepdim=True),
-        )
-
-    def adapt(self, attention: LastAttention, feedback: Tensor, config: FSAConfig) -> Tensor:
-        # With the identity for A the three adaptations are one: A_f V.
-        return super().adapt(attention, feedback, config.replace(adaptations=("only",)))
+        patches = tokens[:, self.tower.prefix_tokens :]
+        return identity_read_out(self.tower.project(patches, "v")["v"])
