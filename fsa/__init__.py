@@ -1,6 +1,7 @@
 """Feedback self-adaptive attention (FSA) for training-free open-vocabulary segmentation with CLIP.
 
-The op:        `feedback_attention`, `adapt`, `proxy_attention`, `explain`, `FSAConfig`
+The op:        `feedback_attention`, `adapt`, `feedback_step`, `proxy_attention`, `explain`,
+               `FSAConfig`
 The hosts:     `fsa.hosts.build(name, visual)`
 The segmentor: `load_segmentor(...)`, `Segmentor.segment(image, classes)`
 Your own code: `plug_in(visual, text_features)`, `unplug(visual)`, `published_feedback`
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from fsa.config import FSAConfig
     from fsa.drop_in import plug_in, published_feedback, unplug
     from fsa.errors import FSAError, InputError, ModelUnavailableError
-    from fsa.ops import adapt, explain, feedback_attention, proxy_attention
+    from fsa.ops import adapt, explain, feedback_attention, feedback_step, proxy_attention
     from fsa.segmentor import Segmentation, Segmentor, load_segmentor
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "adapt",
     "explain",
     "feedback_attention",
+    "feedback_step",
     "hosts",
     "load_segmentor",
     "plug_in",
@@ -51,6 +53,7 @@ _HOMES = {
     "adapt": "fsa.ops",
     "explain": "fsa.ops",
     "feedback_attention": "fsa.ops",
+    "feedback_step": "fsa.ops",
     "plug_in": "fsa.drop_in",
     "proxy_attention": "fsa.ops",
     "published_feedback": "fsa.drop_in",

@@ -1,7 +1,8 @@
 """The public ops: checks, choice of backend, and registration with `torch.library`.
 
-`feedback_attention` and `adapt` are feedback self-adaptive attention itself; `proxy_attention` is
-the attention of ProxyCLIP, which needs the same care (no N x N matrix). All are forward only.
+`feedback_attention` and `adapt` are feedback self-adaptive attention itself; `feedback_step` is
+both, and keeps no N x N matrix where N is large. `proxy_attention` is the attention of ProxyCLIP,
+which needs the same care. All are forward only.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,11 +21,16 @@ import fsa_kernels
 from fsa import torch_backend
 from fsa.config import PROXY_GAIN, PROXY_SHIFT, FSAConfig
 from fsa.errors import InputError
+from fsa_kernels import launch
 
 BACKENDS = ("auto", "triton", "torch")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _TRITON_FLOATS = _FLOATS[:3]
 _OLDEST_TENSOR_CORES = (8, 0)
+
+# What A_f may take while it is made, at 4 bytes an entry, before `feedback_step` streams: N = 11585
+# for one image, N = 1831 for 40.
+_STORED_BYTES = 1 << 29
 
 
 # --------------------------------------------------------------------------------------------------
@@ -35,6 +42,7 @@ def feedback_attention(
     uniform_logits: Tensor | None = None,
     *,
     config: FSAConfig | None = None,
+    dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attention between patches by how similar their class predictions are (Eqs. 6 to 10).
@@ -46,12 +54,13 @@ def feedback_attention(
             patch attends to all equally, subtracted for attention isolation (section 4.1). None,
             or `config.isolation=False`, subtracts nothing.
         config: default `FSAConfig()`.
+        dtype: of the result; default that of `patch_logits`.
         backend: "auto", "triton" or "torch"; `fsa.explain` says what "auto" takes.
 
     Returns:
-        A_f (B,N,N) in the type of `patch_logits`, computed in float32 (float64 for float64
-        inputs). Rows sum to 1; equal similarities are kept lowest patch index first; every image
-        of the batch stands alone.
+        A_f (B,N,N), computed in float32 (float64 for float64 inputs). Rows sum to 1; equal
+        similarities are kept lowest patch index first; every image of the batch stands alone. By
+        the kernels its rows are not contiguous: they lie where the similarities lay.
 
     Raises:
         InputError: wrong ranks, shapes, types, devices, backend; an input that requires grad
@@ -59,30 +68,15 @@ def feedback_attention(
             synchronise, a patch with such logits gets a row of NaN and no other row keeps it.
     """
     config = _checked_config(config)
-    _check_tensor("patch_logits", patch_logits, "(B, N, C)")
-    if uniform_logits is not None:
-        _check_tensor("uniform_logits", uniform_logits, "(B, 1, C) or (B, N, C)")
-        B, N, C = patch_logits.shape
-        if uniform_logits.shape not in ((B, 1, C), (B, N, C)):
-            raise InputError(
-                f"uniform_logits has shape {tuple(uniform_logits.shape)}; with patch_logits of "
-                f"shape {(B, N, C)} it must be {(B, 1, C)} or {(B, N, C)}"
-            )
-        _check_same("uniform_logits", uniform_logits, "patch_logits", patch_logits)
+    _check_logits(patch_logits, uniform_logits)
+    dtype = patch_logits.dtype if dtype is None else dtype
     chosen = _choose(patch_logits.device, patch_logits.dtype, backend)
-    # The whole distribution is kept for p = 1: a cumulative sum must not round past it.
-    pruning = None if config.confidence == 1 and config.pruning == "confidence" else config.pruning
+    _check_result_type(dtype, chosen.backend)
     return torch.ops.fsa.feedback_attention(
         patch_logits,
         uniform_logits if config.isolation else None,
-        config.beta,
-        config.confidence,
-        config.similarity,
-        pruning,
-        config.ratio,
-        config.threshold,
-        config.scaling,
-        config.precision,
+        *_op_options(config),
+        dtype,
         chosen.backend,
     )
 
@@ -90,7 +84,7 @@ def feedback_attention(
 def adapt(
     value: Tensor,
     feedback: Tensor,
-    attention: Tensor | Callable[[Tensor], Tensor],
+    attention: Tensor | Callable[[Tensor], Tensor] | None,
     *,
     attended: Tensor | None = None,
     config: FSAConfig | None = None,
@@ -102,7 +96,8 @@ def adapt(
         value: V (B,H,N,d).
         feedback: A_f (B,N,N), the same for all heads.
         attention: the host's attention A: (B,N,N) shared by the heads, (B,H,N,N), or a callable
-            (B,H,N,d) -> (B,H,N,d) that applies it, which spares building the matrix.
+            (B,H,N,d) -> (B,H,N,d) that applies it, which spares building the matrix. None is the
+            identity, with which the three terms are one.
         attended: A V (B,H,N,d) where the caller has it; spares one application of A.
         config: only `adaptations` matters here; default `FSAConfig()`.
         backend: "auto", "triton" or "torch". These products are the vendor's matrix library in
@@ -118,31 +113,98 @@ def adapt(
     config = _checked_config(config)
     _check_tensor("value", value, "(B, H, N, d)")
     _check_tensor("feedback", feedback, "(B, N, N)")
-    B, H, N, _ = value.shape
+    B, _, N, _ = value.shape
     _check_shape("feedback", feedback, (B, N, N), "value", value)
     _check_same("feedback", feedback, "value", value)
-    if attended is not None:
-        _check_tensor("attended", attended, "(B, H, N, d)")
-        _check_shape("attended", attended, tuple(value.shape), "value", value)
-        _check_same("attended", attended, "value", value)
+    _check_attention(value, attention, attended)
     _choose(value.device, value.dtype, backend)
-    if not isinstance(attention, Tensor):
-        if not callable(attention):
-            raise InputError(
-                f"attention must be a tensor or a callable, not {type(attention).__name__}"
-            )
-        return torch_backend.adapt(
-            value,
-            feedback,
-            lambda x: attention(x.to(value.dtype)),
-            attended,
-            config.adaptations,
+    if isinstance(attention, Tensor):
+        return torch.ops.fsa.adapt(
+            value, feedback, attention, attended, ",".join(config.adaptations)
         )
-    _check_tensor("attention", attention, "(B, N, N) or (B, H, N, N)", ranks=(3, 4))
-    shape = (B, N, N) if attention.ndim == 3 else (B, H, N, N)
-    _check_shape("attention", attention, shape, "value", value)
-    _check_same("attention", attention, "value", value)
-    return torch.ops.fsa.adapt(value, feedback, attention, attended, ",".join(config.adaptations))
+    return _adapt_by(
+        partial(torch_backend.rows_times, feedback), value, attention, attended, config
+    )
+
+
+def feedback_step(
+    value: Tensor,
+    patch_logits: Tensor,
+    uniform_logits: Tensor | None,
+    attention: Tensor | Callable[[Tensor], Tensor] | None,
+    *,
+    attended: Tensor | None = None,
+    config: FSAConfig | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """The whole step from first logits to adapted values: `feedback_attention`, then `adapt`.
+
+    Where A_f would be large it is never kept: blocks of its rows are multiplied as they are made.
+
+    Args:
+        value: V (B,H,N,d).
+        patch_logits, uniform_logits: as `feedback_attention` takes them; their type may be another
+            than that of `value`.
+        attention, attended: as `adapt` takes them.
+        config: default `FSAConfig()`.
+        backend: "auto", "triton" or "torch".
+
+    Returns:
+        (B,H,N,d) in the type of `value`.
+
+    Raises:
+        InputError: as `feedback_attention`.
+    """
+    config = _checked_config(config)
+    _check_tensor("value", value, "(B, H, N, d)")
+    _check_logits(patch_logits, uniform_logits)
+    B, _, N, _ = value.shape
+    if patch_logits.shape[:2] != (B, N) or patch_logits.device != value.device:
+        raise InputError(
+            f"patch_logits has shape {tuple(patch_logits.shape)} on {patch_logits.device} and "
+            f"value {tuple(value.shape)} on {value.device}: images, patches and device must agree"
+        )
+    if 4 * B * N * N <= _STORED_BYTES:
+        feedback = feedback_attention(
+            patch_logits, uniform_logits, config=config, dtype=value.dtype, backend=backend
+        )
+        return adapt(value, feedback, attention, attended=attended, config=config, backend=backend)
+    chosen = _choose(patch_logits.device, patch_logits.dtype, backend)
+    _check_result_type(value.dtype, chosen.backend)
+    _check_attention(value, attention, attended)
+    uniform_logits = uniform_logits if config.isolation else None
+
+    def apply_feedback(columns: Tensor) -> Tensor:
+        return torch.ops.fsa.apply_feedback(
+            patch_logits, uniform_logits, columns, *_op_options(config), chosen.backend
+        )
+
+    if isinstance(attention, Tensor):
+        attention = torch_backend.attention_applier(attention)
+    return _adapt_by(apply_feedback, value, attention, attended, config)
+
+
+def _adapt_by(
+    apply_feedback: Callable[[Tensor], Tensor],
+    value: Tensor,
+    attention: Callable[[Tensor], Tensor] | None,
+    attended: Tensor | None,
+    config: FSAConfig,
+) -> Tensor:
+    """`adapt` with both attentions given as what applies them; None is the identity."""
+    if attention is None:
+        return torch_backend.adapt(value, apply_feedback, _identity, None, ("only",))
+    return torch_backend.adapt(
+        value,
+        apply_feedback,
+        lambda x: attention(x.to(value.dtype)),
+        attended,
+        config.adaptations,
+    )
+
+
+def _identity(values: Tensor) -> Tensor:
+    return values
 
 
 def proxy_attention(
@@ -305,6 +367,52 @@ def _check_tensor(
         )
 
 
+def _check_logits(patch_logits: Tensor, uniform_logits: Tensor | None) -> None:
+    _check_tensor("patch_logits", patch_logits, "(B, N, C)")
+    if uniform_logits is None:
+        return
+    _check_tensor("uniform_logits", uniform_logits, "(B, 1, C) or (B, N, C)")
+    B, N, C = patch_logits.shape
+    if uniform_logits.shape not in ((B, 1, C), (B, N, C)):
+        raise InputError(
+            f"uniform_logits has shape {tuple(uniform_logits.shape)}; with patch_logits of "
+            f"shape {(B, N, C)} it must be {(B, 1, C)} or {(B, N, C)}"
+        )
+    _check_same("uniform_logits", uniform_logits, "patch_logits", patch_logits)
+
+
+def _check_attention(
+    value: Tensor,
+    attention: Tensor | Callable[[Tensor], Tensor] | None,
+    attended: Tensor | None,
+) -> None:
+    """The host's attention, and what it gathered, against the values (B,H,N,d)."""
+    B, H, N, _ = value.shape
+    if attended is not None:
+        _check_tensor("attended", attended, "(B, H, N, d)")
+        _check_shape("attended", attended, tuple(value.shape), "value", value)
+        _check_same("attended", attended, "value", value)
+    if not isinstance(attention, Tensor):
+        if attention is not None and not callable(attention):
+            raise InputError(
+                f"attention must be a tensor, a callable or None, not {type(attention).__name__}"
+            )
+        return
+    _check_tensor("attention", attention, "(B, N, N) or (B, H, N, N)", ranks=(3, 4))
+    shape = (B, N, N) if attention.ndim == 3 else (B, H, N, N)
+    _check_shape("attention", attention, shape, "value", value)
+    _check_same("attention", attention, "value", value)
+
+
+def _check_result_type(dtype: torch.dtype, backend: str) -> None:
+    accepted = _TRITON_FLOATS if backend == "triton" else _FLOATS
+    if dtype not in accepted:
+        raise InputError(
+            f"dtype={dtype} is not accepted for the result of backend {backend!r}: it must be one "
+            f"of {', '.join(map(str, accepted))}"
+        )
+
+
 def _check_shape(
     name: str, tensor: Tensor, shape: tuple[int, ...], other_name: str, other: Tensor
 ) -> None:
@@ -345,49 +453,73 @@ _pytree.register_pytree_node(
 )
 
 
-@torch.library.custom_op(
-    "fsa::feedback_attention",
-    mutates_args=(),
-    schema="(Tensor patch_logits, Tensor? uniform_logits, float beta, float confidence, "
-    "str similarity, str? pruning, float ratio, float threshold, bool scaling, str precision, "
-    "str backend) -> Tensor",
+_OPTIONS = (
+    "float beta, float confidence, str similarity, str? pruning, float ratio, float threshold, "
+    "bool scaling, str precision"
 )
-def _feedback_attention(
-    patch_logits,
-    uniform_logits,
-    beta,
-    confidence,
-    similarity,
-    pruning,
-    ratio,
-    threshold,
-    scaling,
-    precision,
-    backend,
-):
+_OPTION_NAMES = tuple(option.split()[1] for option in _OPTIONS.split(", "))
+
+
+def _op_options(config: FSAConfig) -> tuple[Any, ...]:
+    """The fields of a configuration that the ops take, in the order of `_OPTIONS`."""
+    # All of the distribution is kept for p = 1: a cumulative sum must not round past it.
+    everything = config.confidence == 1 and config.pruning == "confidence"
+    changed = {"pruning": None} if everything else {}
+    return tuple(changed.get(name, getattr(config, name)) for name in _OPTION_NAMES)
+
+
+def _checked_options(
+    patch_logits: Tensor, uniform_logits: Tensor | None, options: tuple[Any, ...], backend: str
+) -> dict[str, Any]:
+    """The options by name, for a backend; logits are looked at where that costs nothing."""
     _check_finite("patch_logits", patch_logits)
     if uniform_logits is not None:
         _check_finite("uniform_logits", uniform_logits)
-    options = {
-        "beta": beta,
-        "confidence": confidence,
-        "similarity": similarity,
-        "pruning": pruning,
-        "ratio": ratio,
-        "threshold": threshold,
-        "scaling": scaling,
-    }
-    if backend == "triton":
-        return fsa_kernels.feedback_attention(
-            patch_logits, uniform_logits, precision=precision, **options
-        )
-    return torch_backend.feedback_attention(patch_logits, uniform_logits, **options)
+    named = dict(zip(_OPTION_NAMES, options, strict=True))
+    if backend == "torch":
+        del named["precision"]
+    return named
+
+
+@torch.library.custom_op(
+    "fsa::feedback_attention",
+    mutates_args=(),
+    schema=f"(Tensor patch_logits, Tensor? uniform_logits, {_OPTIONS}, ScalarType dtype, "
+    "str backend) -> Tensor",
+)
+def _feedback_attention(patch_logits, uniform_logits, *arguments):
+    *options, dtype, backend = arguments
+    options = _checked_options(patch_logits, uniform_logits, options, backend)
+    module = fsa_kernels if backend == "triton" else torch_backend
+    return module.feedback_attention(patch_logits, uniform_logits, dtype=dtype, **options)
 
 
 @_feedback_attention.register_fake
-def _(patch_logits, *_):
+def _(patch_logits, uniform_logits, *arguments):
+    *_, dtype, backend = arguments
     B, N, _ = patch_logits.shape
-    return patch_logits.new_empty((B, N, N))
+    if backend == "triton":
+        strides = launch.result_strides(N, dtype)
+        return patch_logits.new_empty_strided((B, N, N), strides, dtype=dtype)
+    return patch_logits.new_empty((B, N, N), dtype=dtype)
+
+
+@torch.library.custom_op(
+    "fsa::apply_feedback",
+    mutates_args=(),
+    schema=f"(Tensor patch_logits, Tensor? uniform_logits, Tensor columns, {_OPTIONS}, "
+    "str backend) -> Tensor",
+)
+def _apply_feedback(patch_logits, uniform_logits, columns, *arguments):
+    *options, backend = arguments
+    options = _checked_options(patch_logits, uniform_logits, options, backend)
+    module = fsa_kernels if backend == "triton" else torch_backend
+    return module.apply_feedback(patch_logits, uniform_logits, columns, **options)
+
+
+@_apply_feedback.register_fake
+def _(patch_logits, uniform_logits, columns, *_):
+    return torch.empty(columns.shape, dtype=columns.dtype, device=columns.device)
 
 
 @torch.library.custom_op(
@@ -398,8 +530,9 @@ def _(patch_logits, *_):
 )
 def _adapt(value, feedback, attention, attended, adaptations):
     apply_attention = torch_backend.attention_applier(attention)
+    apply_feedback = partial(torch_backend.rows_times, feedback)
     adapted = torch_backend.adapt(
-        value, feedback, apply_attention, attended, tuple(adaptations.split(","))
+        value, apply_feedback, apply_attention, attended, tuple(adaptations.split(","))
     )
     return adapted.contiguous()
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,53 +31,96 @@ from fsa.config import PROBABILITY_FLOOR
 _BLOCK_ENTRIES_CPU = 1 << 17
 _BLOCK_ENTRIES_GPU = 1 << 26
 
+# Entries of the strip of A_f that `apply_feedback` multiplies at once.
+_STRIP_ENTRIES = 1 << 23
+
 # From here on the product outweighs the copies into oneDNN's tensors.
 _ONEDNN_LEAST_PATCHES = 256
 
 
 def feedback_attention(
-    patch_logits: Tensor,
-    uniform_logits: Tensor | None,
-    *,
-    beta: float,
-    confidence: float,
-    similarity: str,
-    pruning: str | None,
-    ratio: float,
-    threshold: float,
-    scaling: bool,
+    patch_logits: Tensor, uniform_logits: Tensor | None, *, dtype: torch.dtype, **options: Any
 ) -> Tensor:
-    """A_f (B,N,N) in the type of `patch_logits`; see `fsa.feedback_attention`.
+    """A_f (B,N,N) in `dtype`; see `fsa.feedback_attention`, and `_Feedback` for the options."""
+    B, N, _ = patch_logits.shape
+    feedback = _Feedback(patch_logits, uniform_logits, **options)
+    out = torch.empty((B, N, N), dtype=dtype, device=patch_logits.device)
+    for images, rows in _blocks(B, N, out.device):
+        out[images, rows] = feedback.rows(images, rows)
+    return out
+
+
+def apply_feedback(
+    patch_logits: Tensor, uniform_logits: Tensor | None, columns: Tensor, **options: Any
+) -> Tensor:
+    """A_f times columns (B,N,K), in their type, by strips of rows; no N x N matrix is kept."""
+    B, N, _ = patch_logits.shape
+    feedback = _Feedback(patch_logits, uniform_logits, **options)
+    out = torch.empty_like(columns)
+    strip_rows = max(1, _STRIP_ENTRIES // N)
+    for image in range(B):
+        images = slice(image, image + 1)
+        for first in range(0, N, strip_rows):
+            strip = slice(first, min(first + strip_rows, N))
+            weights = columns.new_empty((1, strip.stop - first, N))
+            for _, rows in _blocks(1, N, columns.device, strip):
+                place = slice(rows.start - first, rows.stop - first)
+                weights[:, place] = feedback.rows(images, rows)
+            out[images, strip] = rows_times(weights, columns[images]).to(out.dtype)
+    return out
+
+
+class _Feedback:
+    """A_f of some images, by blocks of rows.
 
     A patch whose probabilities are not finite gets a row of NaN and is never kept by another.
-    """
-    B, N, _ = patch_logits.shape
-    logits = _widen(patch_logits)
-    if uniform_logits is not None:
-        logits = logits - _widen(uniform_logits)
-    probabilities = logits.softmax(dim=-1)
-    broken = ~probabilities.sum(dim=-1).isfinite()
-    # Rows that are not finite would poison the centre, and through it every other row.
-    probabilities = probabilities.masked_fill(broken[..., None], 0)
-    # Looking whether there are any spares the CPU three passes; on a GPU it would synchronise.
-    some_broken = logits.device.type != "cpu" or bool(broken.any())
-    similarity_rows = _similarity_rows(probabilities, similarity)
 
-    out = torch.empty((B, N, N), dtype=patch_logits.dtype, device=patch_logits.device)
-    for images, rows in _blocks(B, N, logits.device):
-        S = similarity_rows(images, rows)
-        if some_broken:
-            S.masked_fill_(broken[images, None, :], -math.inf)
-        dropped = _dropped(S, pruning, confidence, ratio, threshold)
-        if some_broken:
-            dropped = dropped | broken[images, None, :]
-        feedback = (S * beta).exp_().mul_(S) if scaling else S
+    Args:
+        patch_logits, uniform_logits: as `fsa.feedback_attention` takes them.
+        beta, confidence, similarity, pruning, ratio, threshold, scaling: as in `FSAConfig`.
+    """
+
+    def __init__(
+        self,
+        patch_logits: Tensor,
+        uniform_logits: Tensor | None,
+        *,
+        beta: float,
+        confidence: float,
+        similarity: str,
+        pruning: str | None,
+        ratio: float,
+        threshold: float,
+        scaling: bool,
+    ) -> None:
+        self.beta, self.scaling = beta, scaling
+        self.kept = (pruning, confidence, ratio, threshold)
+        logits = _widen(patch_logits)
+        if uniform_logits is not None:
+            logits = logits - _widen(uniform_logits)
+        probabilities = logits.softmax(dim=-1)
+        self.broken = ~probabilities.sum(dim=-1).isfinite()
+        # Rows that are not finite would poison the centre, and through it every other row.
+        probabilities = probabilities.masked_fill(self.broken[..., None], 0)
+        # Looking whether there are any spares the CPU three passes; on a GPU it would synchronise.
+        self.some_broken = logits.device.type != "cpu" or bool(self.broken.any())
+        self.similarity_rows = _similarity_rows(probabilities, similarity)
+
+    def rows(self, images: slice, rows: slice) -> Tensor:
+        """A block of rows of A_f, in float32 (float64 for float64 logits)."""
+        S = self.similarity_rows(images, rows)
+        broken = self.broken[images, None, :]
+        if self.some_broken:
+            S.masked_fill_(broken, -math.inf)
+        dropped = _dropped(S, *self.kept)
+        if self.some_broken:
+            dropped = dropped | broken
+        feedback = (S * self.beta).exp_().mul_(S) if self.scaling else S
         feedback.masked_fill_(dropped, -math.inf)
         block = torch.softmax(feedback, dim=-1)
-        if some_broken:
-            block.masked_fill_(broken[images, rows, None], math.nan)
-        out[images, rows] = block
-    return out
+        if self.some_broken:
+            block.masked_fill_(self.broken[images, rows, None], math.nan)
+        return block
 
 
 def _similarity_rows(probabilities: Tensor, similarity: str) -> Callable[[slice, slice], Tensor]:
@@ -151,7 +195,7 @@ def _sort_descending(S: Tensor) -> Tensor:
 
 def adapt(
     value: Tensor,
-    feedback: Tensor,
+    feedback: Callable[[Tensor], Tensor],
     apply_attention: Callable[[Tensor], Tensor],
     attended: Tensor | None,
     adaptations: tuple[str, ...],
@@ -160,7 +204,7 @@ def adapt(
 
     Args:
         value: (B,H,N,d).
-        feedback: A_f (B,N,N).
+        feedback: (B,N,K) -> (B,N,K), applies A_f.
         apply_attention: (B,H,N,d) -> (B,H,N,d), applies A.
         attended: A V (B,H,N,d), or None to have it computed where it is needed.
         adaptations: which terms are averaged.
@@ -177,7 +221,7 @@ def adapt(
 
     B, H, N, d = value.shape
     stacked = torch.stack([side.transpose(1, 2) for side in right_sides], dim=2)
-    applied = _rows_times(feedback, stacked.flatten(2)).view(B, N, len(right_sides), H, d)
+    applied = feedback(stacked.flatten(2)).view(B, N, len(right_sides), H, d)
     terms = [term.transpose(1, 2) for term in applied.unbind(dim=2)]
     if "before" not in adaptations:
         total = terms[0]
@@ -197,41 +241,41 @@ def attention_applier(attention: Tensor) -> Callable[[Tensor], Tensor]:
         def per_head(value: Tensor) -> Tensor:
             B, H, N, d = value.shape
             weights = attention.reshape(B * H, N, N)
-            return _rows_times(weights, value.reshape(B * H, N, d)).view(B, H, N, d)
+            return rows_times(weights, value.reshape(B * H, N, d)).view(B, H, N, d)
 
         return per_head
 
     def shared(value: Tensor) -> Tensor:
         B, H, N, d = value.shape
         columns = value.transpose(1, 2).reshape(B, N, H * d)
-        return _rows_times(attention, columns).view(B, N, H, d).transpose(1, 2)
+        return rows_times(attention, columns).view(B, N, H, d).transpose(1, 2)
 
     return shared
 
 
-def _rows_times(weights: Tensor, columns: Tensor) -> Tensor:
-    """weights (B,N,N) @ columns (B,N,D) -> (B,N,D), accumulated in float32 or better.
+def rows_times(weights: Tensor, columns: Tensor) -> Tensor:
+    """weights (B,R,N) @ columns (B,N,D) -> (B,R,D), accumulated in float32 or better.
 
     A GPU's half-precision product accumulates in float32 by itself. On the CPU half-precision
     operands are widened, the columns whole and the weights a block of rows at a time; the result
     then stays in float32. Not where a compiler traces, which would make a graph of its own for
     every number of blocks.
     """
-    B, N, _ = weights.shape
+    B, R, _ = weights.shape
     if (
         torch.compiler.is_compiling()
         or weights.device.type != "cpu"
         or weights.dtype not in (torch.float16, torch.bfloat16)
     ):
         columns = columns.to(weights.dtype)
-        if _takes_onednn(weights) and N >= _ONEDNN_LEAST_PATCHES:
+        if _takes_onednn(weights) and R >= _ONEDNN_LEAST_PATCHES:
             return torch.stack(
                 [_onednn_product(w, c) for w, c in zip(weights, columns, strict=True)]
             )
         return torch.bmm(weights, columns)
     columns = columns.float()
-    out = torch.empty((B, N, columns.shape[-1]), dtype=torch.float32)
-    for images, rows in _blocks(B, N, weights.device):
+    out = torch.empty((B, R, columns.shape[-1]), dtype=torch.float32)
+    for images, rows in _blocks(B, R, weights.device):
         out[images, rows] = torch.bmm(weights[images, rows].float(), columns[images])
     return out
 
@@ -247,7 +291,7 @@ def _takes_onednn(weights: Tensor) -> bool:
 
 
 def _onednn_product(weights: Tensor, columns: Tensor) -> Tensor:
-    """weights (N,N) @ columns (N,D) in float32 by oneDNN.
+    """weights (R,N) @ columns (N,D) in float32 by oneDNN.
 
     It takes the widest vectors of any processor; the default product does not on some, where this
     was measured to be twice as fast.
@@ -282,11 +326,19 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _blocks(B: int, N: int, device: torch.device) -> Iterator[tuple[slice, slice]]:
-    """Slices (images, rows) that cover (B, N): several small images at once, or rows of one."""
+def _blocks(
+    B: int, N: int, device: torch.device, strip: slice | None = None
+) -> Iterator[tuple[slice, slice]]:
+    """Slices (images, rows) that cover (B, N): several small images at once, or rows of one.
+
+    Args:
+        strip: the rows that are to be covered; None all.
+    """
     entries = _BLOCK_ENTRIES_CPU if device.type == "cpu" else _BLOCK_ENTRIES_GPU
     images = max(1, entries // (N * N))
     rows = min(N, max(1, entries // N))
+    start, stop = (strip.start, strip.stop) if strip else (0, N)
     for first_image in range(0, B, images):
-        for first_row in range(0, N, rows):
-            yield slice(first_image, first_image + images), slice(first_row, first_row + rows)
+        for first_row in range(start, stop, rows):
+            last_row = min(first_row + rows, stop)
+            yield slice(first_image, first_image + images), slice(first_row, last_row)

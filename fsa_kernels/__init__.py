@@ -3,6 +3,7 @@
 Imports without Triton and without a GPU; the kernels themselves are imported when first called.
 
     feedback_attention   logits -> A_f, in three launches, at least as exact as float32
+    apply_feedback       A_f times columns, without an N x N matrix
     proxy_attention      affinity of features applied to values, without an N x N matrix
     warmup               compiles ahead of the first call
 
@@ -18,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["available", "feedback_attention", "interpreting", "proxy_attention", "warmup"]
+__all__ = [
+    "apply_feedback",
+    "available",
+    "feedback_attention",
+    "interpreting",
+    "proxy_attention",
+    "warmup",
+]
 
 
 def available() -> bool:
@@ -38,6 +46,15 @@ def feedback_attention(
     from fsa_kernels import feedback
 
     return feedback.feedback_attention(patch_logits, uniform_logits, **options)
+
+
+def apply_feedback(
+    patch_logits: Tensor, uniform_logits: Tensor | None, columns: Tensor, **options: Any
+) -> Tensor:
+    """See `fsa_kernels.feedback.apply_feedback`."""
+    from fsa_kernels import feedback
+
+    return feedback.apply_feedback(patch_logits, uniform_logits, columns, **options)
 
 
 def proxy_attention(features: Tensor, value: Tensor, *, shift: float, gain: float) -> Tensor:

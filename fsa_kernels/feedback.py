@@ -7,12 +7,12 @@
                 classes, float32 accumulation; S = 1 / (1 + max(0, h_i - P_i . L_j)), written in
                 float32. Reads 4 x 2 B per class and row or column of the tile.
     select      one program: one row, in registers. Finds the kept patches by a threshold search,
-                scales, normalises, writes the row in the type of the logits over its own
+                scales, normalises, writes the row in the wanted type over its own
                 similarities. Reads 4 B and writes 2 or 4 B an entry; the row is read once.
 
-A_f takes the place of S row by row, so 4 B an entry are kept and no more: a result in half precision
-has rows that lie twice their length apart. `apply_feedback` does the last two launches for a block of
-rows at a time and multiplies each block at once, so it keeps no N x N matrix at all.
+A_f takes the place of S row by row, so 4 B an entry are kept and no more: in half precision its
+rows lie twice their length apart. `apply_feedback` does the last two launches for a block of rows
+at a time and multiplies each block at once, so it keeps no N x N matrix at all.
 
 Why halves: x = hi + lo with hi = half(x), lo = half(x - hi) keeps 22 bits, so hi hi + hi lo + lo hi
 is as exact as float32 at the rate of half precision. P is scaled by 1024 to keep lo out of the
@@ -443,26 +443,21 @@ def _select_long_kernel(
 _BLOCK_BYTES = 24 << 20
 
 
-def result_strides(N: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Strides of A_f (B,N,N): its rows lie where those of the similarities lay."""
-    row = launch.round_up(N, 16) * torch.float32.itemsize // dtype.itemsize
-    return N * row, row, 1
-
-
 def feedback_attention(
-    patch_logits: Tensor, uniform_logits: Tensor | None, **options: object
+    patch_logits: Tensor, uniform_logits: Tensor | None, *, dtype: torch.dtype, **options: object
 ) -> Tensor:
-    """A_f (B,N,N) in the type of the logits, with `result_strides`.
+    """A_f (B,N,N), with `launch.result_strides`.
 
     Args:
         patch_logits: (B,N,C), scaled; float16, bfloat16 or float32; any strides.
         uniform_logits: (B,1,C) or (B,N,C), scaled, or None.
-        **options: of `Feedback`.
+        dtype: of A_f: float16, bfloat16 or float32.
+        **options: as in `_Options`.
 
     Takes 4 B N^2 bytes, the result among them, and (8 C + 4) B N besides.
     """
     feedback = Feedback(patch_logits, uniform_logits, **options)
-    return feedback.rows(0, patch_logits.shape[1])
+    return feedback.rows(0, patch_logits.shape[1], dtype)
 
 
 def apply_feedback(
@@ -472,18 +467,19 @@ def apply_feedback(
 
     Args:
         patch_logits, uniform_logits, **options: as `feedback_attention` takes them.
-        columns: (B,N,K) in the type of the logits.
+        columns: (B,N,K) float16, bfloat16 or float32; A_f is rounded to their type.
 
-    Takes (8 C + 4) B N bytes and 24 MiB besides the result (B,N,K).
+    Takes (8 C + 4) B N bytes besides the result (B,N,K), and for similarities 24 MiB or 128 rows of
+    each image, whichever is more.
     """
     B, N, _ = patch_logits.shape
     feedback = Feedback(patch_logits, uniform_logits, **options)
     # Whole tiles of the similarity kernel.
-    count = _BLOCK_BYTES // (B * launch.round_up(N, 16) * torch.float32.itemsize)
+    count = _BLOCK_BYTES // (B * launch.padded_row(N) * torch.float32.itemsize)
     count = max(128, count // 128 * 128)
     out = torch.empty((B, N, columns.shape[-1]), dtype=columns.dtype, device=columns.device)
     for first in range(0, N, count):
-        rows = feedback.rows(first, min(count, N - first))
+        rows = feedback.rows(first, min(count, N - first), columns.dtype)
         torch.bmm(rows, columns, out=out[:, first : first + count])
     return out
 
@@ -511,7 +507,6 @@ class Feedback:
         B, N, C = patch_logits.shape
         self.options = _Options(**options)
         self.shape = (B, N, C)
-        self.dtype = patch_logits.dtype
         self.padded_C = launch.round_up(C, launch.CLASS_STEP)
         device = patch_logits.device
         self.operands = torch.empty((4, B, N, self.padded_C), dtype=torch.float16, device=device)
@@ -536,13 +531,13 @@ class Feedback:
                 **plan.arguments(),
             )
 
-    def rows(self, first: int, count: int) -> Tensor:
-        """Rows `first` to `first + count` of A_f, (B,count,N), in two launches."""
+    def rows(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
+        """Rows `first` to `first + count` of A_f, (B,count,N) in `dtype`, in two launches."""
         B, N, _ = self.shape
         options = self.options
-        padded_N = launch.round_up(N, 16)
+        padded_N = launch.padded_row(N)
         S = torch.empty((B, count, padded_N), dtype=torch.float32, device=self.h.device)
-        out = S.view(self.dtype)
+        out = S.view(dtype)
         limit = options.threshold
         if options.pruning == "ratio":
             limit = max(1, math.floor(options.ratio * N))

@@ -41,6 +41,17 @@ CLASS_STEP = 32
 LONGEST_ROW_IN_REGISTERS = 16384
 
 
+def padded_row(N: int) -> int:
+    """Entries from one row of similarities to the next."""
+    return round_up(N, 16)
+
+
+def result_strides(N: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Strides of A_f (B,N,N): its rows lie where those of the similarities, in float32, lay."""
+    row = padded_row(N) * (torch.float32.itemsize // dtype.itemsize)
+    return N * row, row, 1
+
+
 def isolate(C: int) -> Launch:
     """Logits -> probabilities, centred logarithms, their halves."""
     block_c = min(128, max(CLASS_STEP, next_power_of_2(C)))
@@ -128,7 +139,7 @@ def warmup(
         for N in patches:
             for C in classes:
                 logits = torch.zeros((1, N, C), dtype=dtype, device=device)
-                feedback_attention(logits, logits[:, :1], beta=3.0, confidence=0.45)
+                feedback_attention(logits, logits[:, :1], dtype=dtype, beta=3.0, confidence=0.45)
         for F, D in proxy_widths:
             features = torch.ones((1, 64, F), dtype=dtype, device=device)
             value = torch.ones((1, 64, D), dtype=dtype, device=device)

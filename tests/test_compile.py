@@ -150,15 +150,23 @@ def test_the_segmentor(host):
 HALF = torch.float16
 LOGITS, UNIFORM = logits(2, 6, 4)
 VALUE, FEEDBACK, ATTENTION = values(2, 6)
-PUBLISHED = (3.0, 0.45, "kl", "confidence", 0.4, 0.5, True, "exact", "torch")
+PUBLISHED = (3.0, 0.45, "kl", "confidence", 0.4, 0.5, True, "exact")
 # Every op that the library registers, with inputs in float32 and half precision, and of strides
 # that are no contiguous tensor's.
 OP_INPUTS = {
     "fsa::feedback_attention": [
-        (LOGITS, UNIFORM, *PUBLISHED),
-        (LOGITS.half(), None, *PUBLISHED),
-        (LOGITS.transpose(1, 2), LOGITS.transpose(1, 2), *PUBLISHED),
-        (LOGITS, UNIFORM, 3.0, 0.45, "cosine", None, 0.4, 0.5, False, "fast", "torch"),
+        (LOGITS, UNIFORM, *PUBLISHED, torch.float32, "torch"),
+        (LOGITS.half(), None, *PUBLISHED, torch.float16, "torch"),
+        (LOGITS.transpose(1, 2), LOGITS.mT, *PUBLISHED, torch.bfloat16, "torch"),
+        (LOGITS, UNIFORM, 3.0, 0.45, "cosine", None, 0.4, 0.5, False, "fast", torch.half, "torch"),
+        (LOGITS, UNIFORM, *PUBLISHED, torch.float32, "triton"),
+        (LOGITS, UNIFORM, *PUBLISHED, torch.float16, "triton"),
+    ],
+    "fsa::apply_feedback": [
+        (LOGITS, UNIFORM, LOGITS, *PUBLISHED, "torch"),
+        (LOGITS, None, LOGITS.half(), *PUBLISHED, "torch"),
+        (LOGITS, None, LOGITS[..., ::2], *PUBLISHED, "torch"),
+        (LOGITS, UNIFORM, LOGITS.half(), *PUBLISHED, "triton"),
     ],
     "fsa::adapt": [
         (VALUE, FEEDBACK, ATTENTION, None, "after,before,only"),

@@ -137,6 +137,7 @@ def test_a_broken_row_gives_nan_and_touches_no_other(value, config):
     feedback = fsa_kernels.feedback_attention(
         broken.to(DEVICE),
         None,
+        dtype=torch.float32,
         beta=config.beta,
         confidence=config.confidence,
         similarity=config.similarity,
@@ -165,6 +166,41 @@ def test_rows_too_long_for_registers_are_searched_the_same_way(config, monkeypat
     feedback = attention_of(logits, config=config)
     assert relative_error(feedback, exact) < RELATIVE_ERROR[torch.float32]
     assert torch.equal(feedback > 0, exact > 0)
+
+
+@pytest.mark.parametrize("long_rows", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_rows_applied_are_the_whole_applied(dtype, long_rows, monkeypatch):
+    from fsa_kernels import feedback, launch
+
+    monkeypatch.setattr(feedback, "_BLOCK_BYTES", 0)
+    if long_rows:
+        monkeypatch.setattr(launch, "LONGEST_ROW_IN_REGISTERS", 0)
+        monkeypatch.setattr(launch, "select_long", lambda: launch.Launch({"BLOCK_N": 64}, 1))
+    # Two blocks of rows, the second of them short; the first patch is broken.
+    N = 150
+    logits, uniform = (tensor.float() for tensor in segment_logits(N, 9, B=2))
+    logits[1, 0, 3] = math.nan
+    columns = torch.randn(2, N, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    options = {"beta": 3.0, "confidence": 0.45}
+    inputs = [tensor.to(DEVICE) for tensor in (logits, uniform)]
+    applied = fsa_kernels.apply_feedback(*inputs, columns.to(DEVICE), **options)
+    whole = fsa_kernels.feedback_attention(*inputs, dtype=dtype, **options)
+    assert applied.dtype == dtype
+    assert applied[1, 0].isnan().all()
+    expected = (whole.double() @ columns.to(DEVICE).double()).cpu()
+    error = relative_error(applied[0], expected[0]) + relative_error(
+        applied[1, 1:], expected[1, 1:]
+    )
+    assert error < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_four_bytes_an_entry_are_kept(dtype):
+    N = 64
+    logits = torch.zeros(2, N, 3, dtype=dtype, device=DEVICE)
+    feedback = fsa.feedback_attention(logits, backend="triton")
+    assert feedback.untyped_storage().nbytes() == 4 * 2 * N * N
 
 
 def test_the_same_input_gives_the_same_bits():
@@ -221,7 +257,8 @@ def test_a_broken_image_leaves_the_others_alone():
 COMPILED = """
 import sys
 from bench.resources import measure, variants
-wanted = ("isolate C<=128 float16", "similarity N>512 exact", "select N<=2048",
+wanted = ("isolate C<=64 float16", "isolate C<=128 float16", "similarity N>512 exact",
+          "select N<=2048",
           "select, longer rows", "normalise float16", "attend D=768 float16")
 chosen = [v for v in variants() if v.name in wanted]
 assert len(chosen) == len(wanted), [v.name for v in chosen]

@@ -7,7 +7,7 @@ import torch
 
 import fsa
 import fsa_kernels
-from fsa import FSAConfig, InputError
+from fsa import FSAConfig, InputError, ops, torch_backend
 
 LOGITS = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0))
 VALUE = torch.randn(2, 3, 6, 5, generator=torch.Generator().manual_seed(1))
@@ -47,7 +47,7 @@ def test_bad_logits_are_refused_in_words(arguments, message):
         ({"attention": SQUARE[:1]}, r"attention has shape \(1, 6, 6\)"),
         ({"attention": SQUARE[:, None]}, r"it must be \(2, 3, 6, 6\)"),
         ({"attention": SQUARE[0]}, "attention must be"),
-        ({"attention": None}, "attention must be a tensor or a callable, not NoneType"),
+        ({"attention": 3}, "attention must be a tensor, a callable or None, not int"),
         ({"attended": VALUE[..., :2]}, "attended has shape"),
         ({"config": {"beta": 3}}, "config must be an FSAConfig or None, not dict"),
         ({"backend": "cuda"}, "backend='cuda' is not known"),
@@ -120,8 +120,11 @@ def test_feedback_attention_is_a_clean_library_op(uniform):
         "per image": torch.zeros(2, 1, 4),
         "per patch": torch.zeros(2, 6, 4),
     }[uniform]
-    arguments = (LOGITS, uniform_logits, 3.0, 0.45, "kl", "confidence", 0.4, 0.5, True, "exact")
-    torch.library.opcheck(torch.ops.fsa.feedback_attention, (*arguments, "torch"))
+    options = (3.0, 0.45, "kl", "confidence", 0.4, 0.5, True, "exact")
+    arguments = (LOGITS, uniform_logits, *options, torch.float32, "torch")
+    torch.library.opcheck(torch.ops.fsa.feedback_attention, arguments)
+    arguments = (LOGITS, uniform_logits, torch.randn(2, 6, 5), *options, "torch")
+    torch.library.opcheck(torch.ops.fsa.apply_feedback, arguments)
 
 
 @pytest.mark.parametrize("adaptations", ["only", "after,before,only"])
@@ -135,3 +138,56 @@ def test_adapt_is_a_clean_library_op(adaptations, heads):
 def test_proxy_attention_is_a_clean_library_op():
     arguments = (LOGITS, torch.randn(2, 6, 8), 1.2, 3.0, "torch")
     torch.library.opcheck(torch.ops.fsa.proxy_attention, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_result_has_the_type_asked_for(dtype):
+    wide = fsa.feedback_attention(LOGITS, dtype=torch.float64)
+    feedback = fsa.feedback_attention(LOGITS, dtype=dtype)
+    assert feedback.dtype == dtype
+    assert torch.equal(feedback, wide.to(dtype))
+
+
+def test_a_result_of_no_float_type_is_refused():
+    with pytest.raises(InputError, match=r"dtype=torch.int32 is not accepted"):
+        fsa.feedback_attention(LOGITS, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "streamed"])
+@pytest.mark.parametrize("attention", ["shared", "per head", "callable"])
+@pytest.mark.parametrize("adaptations", [("after", "before", "only"), ("only",)], ids="+".join)
+def test_a_step_is_both_ops(stored, attention, adaptations, monkeypatch):
+    monkeypatch.setattr(ops, "_STORED_BYTES", 1 << 29 if stored else 0)
+    monkeypatch.setattr(torch_backend, "_STRIP_ENTRIES", 4 * 6)
+    config = FSAConfig(adaptations=adaptations)
+    uniform = torch.randn(2, 1, 4)
+    matrix = SQUARE if attention == "shared" else SQUARE[:, None].repeat(1, 3, 1, 1)
+    given = (lambda x: matrix @ x) if attention == "callable" else matrix
+    step = fsa.feedback_step(VALUE, LOGITS, uniform, given, config=config)
+    feedback = fsa.feedback_attention(LOGITS, uniform, config=config)
+    both = fsa.adapt(VALUE, feedback, matrix, config=config)
+    torch.testing.assert_close(step, both)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "streamed"])
+def test_no_attention_is_the_identity(stored, monkeypatch):
+    monkeypatch.setattr(ops, "_STORED_BYTES", 1 << 29 if stored else 0)
+    step = fsa.feedback_step(VALUE, LOGITS, None, None)
+    with_identity = fsa.feedback_step(VALUE, LOGITS, None, lambda x: x)
+    torch.testing.assert_close(step, with_identity)
+
+
+@pytest.mark.parametrize(
+    ("value", "logits", "attention", "words"),
+    [
+        (VALUE, LOGITS[:, :5], SQUARE, "images, patches and device must agree"),
+        (VALUE, LOGITS[0], SQUARE, r"patch_logits must be \(B, N, C\)"),
+        (VALUE, LOGITS, SQUARE[:, :5], "attention has shape"),
+        (VALUE, LOGITS, 3, "attention must be a tensor, a callable or None"),
+    ],
+)
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "streamed"])
+def test_a_step_refuses_what_does_not_fit(value, logits, attention, words, stored, monkeypatch):
+    monkeypatch.setattr(ops, "_STORED_BYTES", 1 << 29 if stored else 0)
+    with pytest.raises(InputError, match=words):
+        fsa.feedback_step(value, logits, None, attention)

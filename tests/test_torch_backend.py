@@ -150,6 +150,7 @@ def test_a_row_of_nan_gives_a_row_of_nan_and_touches_no_other():
         "threshold": 0.5,
         "similarity": "kl",
         "scaling": True,
+        "dtype": torch.float64,
     }
     others = torch.arange(30) != 7
     for pruning in ("confidence", "ratio", "threshold", None):

@@ -14,9 +14,6 @@ from fsa.config import FSAConfig
 from fsa.errors import InputError
 from fsa.vision import Tower
 
-# With the identity for A the three adaptations are one: A_f V.
-_ONLY = FSAConfig(adaptations=("only",))
-
 
 @dataclass(frozen=True)
 class LastAttention:
@@ -59,18 +56,13 @@ def adapted_heads(
         uniform_logits = uniform * config.uniform_logit_scale
     heads = attention.attended
     for _ in range(config.iterations):
-        feedback = ops.feedback_attention(
+        heads = ops.feedback_step(
+            attention.value,
             _cosines(tail(heads), text_features) * config.logit_scale,
             uniform_logits,
-            config=config,
-            backend=backend,
-        )
-        heads = ops.adapt(
-            attention.value,
-            feedback.to(attention.value.dtype),
-            attention.apply or _identity,
+            attention.apply,
             attended=attention.attended,
-            config=_ONLY if attention.apply is None else config,
+            config=config,
             backend=backend,
         )
     return heads
@@ -209,10 +201,6 @@ def _cosines(features: Tensor, text_features: Tensor) -> Tensor:
     """
     unit = functional.normalize(_at_least_float32(features), dim=-1)
     return unit @ text_features.to(unit.dtype).T
-
-
-def _identity(values: Tensor) -> Tensor:
-    return values
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:
