@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from fsa import tiny
-from tests.test_transformers_models import random_clip, tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCENE = tiny.demo_scenes()[4]
@@ -68,6 +67,8 @@ def test_example_dinov3_proxy(run, tmp_path):
 
 def test_example_transformers_clip(run, tmp_path):
     transformers = pytest.importorskip("transformers")
+    from tests.test_transformers_models import random_clip, tokenizer
+
     random_clip(image_size=64, patch_size=16).save_pretrained(tmp_path / "clip")
     processor = transformers.CLIPProcessor(transformers.CLIPImageProcessor(), tokenizer())
     processor.save_pretrained(tmp_path / "clip")
