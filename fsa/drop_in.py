@@ -379,18 +379,23 @@ class _Plug:
         attn_layer, x, *_ = bound.args
         if attn_layer is not self.last.attn or any(map(bound.arguments.get, _DIAGNOSTICS)):
             return self.original(*args, **kwargs)
+        tokens, self.tokens = self.tokens, None
+        if self.residual and (tokens is None or tokens.shape != x.shape):
+            raise InputError(
+                "the plugged-in tower keeps the residual connection, for which the tokens must go "
+                "through ln_1 of its last block right before custom_attn; they did not"
+            )
         call = self.style.read(attn_layer, x, bound.arguments, self.backend)
         self.text_features = self.text_features.to(x.device)
 
         def tail(heads: Tensor) -> Tensor:
             branch = attn_layer.out_proj(heads.transpose(1, 2).flatten(2))
             if self.residual:
-                branch = self.tokens[1:].transpose(0, 1) + branch
+                branch = tokens[1:].transpose(0, 1) + branch
                 branch = branch + self.last.mlp(self.last.ln_2(branch))
             return self.visual.ln_post(branch) @ self.visual.proj
 
         heads = adapted_heads(call.attention, tail, self.text_features, self.config, self.backend)
-        self.tokens = None
         return _output(attn_layer, heads, call.class_heads)
 
     @torch.no_grad()

@@ -394,6 +394,14 @@ def test_an_unknown_model_type_is_refused_in_words():
         tower(pictures(dtype=torch.float32)[0], model_type="GEM")
 
 
+def test_a_residual_without_its_tokens_is_refused_in_words():
+    tower = SclipTower()
+    x, last = tower.trunk(pictures(dtype=torch.float32)[0])
+    fsa.plug_in(tower, TEXT)
+    with pytest.raises(InputError, match="must go through ln_1"):
+        tower.custom_attn(last.attn, x, csa=True)
+
+
 # --------------------------------------------------------------------------------------------------
 # The published method
 
