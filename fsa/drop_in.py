@@ -25,7 +25,8 @@ from fsa.hosts.proxy import proxy_read_out
 from fsa.hosts.self_attention import identity_read_out, self_read_out
 
 _METHOD = "custom_attn"
-_PARTS = ("transformer", "ln_post", "proj")
+_PARTS = (_METHOD, "transformer.resblocks", "ln_post", "proj")
+_PARTS_OF_LAST_BLOCK = ("attn.in_proj_weight", "attn.out_proj", "ln_1", "ln_2", "mlp")
 # Calls that ask for the attention matrix itself go to the original.
 _DIAGNOSTICS = ("return_attn", "with_attn")
 _IGNORE_RESIDUAL = "ignore_residual"
@@ -87,7 +88,10 @@ def plug_in(
         raise InputError(f"backend={backend!r} is not known: it must be one of {ops.BACKENDS}")
     if not isinstance(visual, nn.Module):
         raise InputError(f"visual must be a torch module, not {type(visual).__name__}")
-    missing = [part for part in (_METHOD, *_PARTS) if getattr(visual, part, None) is None]
+    missing = _missing(visual, _PARTS) or [
+        f"{part} in its last block"
+        for part in _missing(visual.transformer.resblocks[-1], _PARTS_OF_LAST_BLOCK)
+    ]
     if missing:
         raise InputError(
             f"visual, a {type(visual).__name__}, has no {', '.join(missing)}. plug_in is for "
@@ -375,18 +379,23 @@ class _Plug:
         attn_layer, x, *_ = bound.args
         if attn_layer is not self.last.attn or any(map(bound.arguments.get, _DIAGNOSTICS)):
             return self.original(*args, **kwargs)
+        tokens, self.tokens = self.tokens, None
+        if self.residual and (tokens is None or tokens.shape != x.shape):
+            raise InputError(
+                "the plugged-in tower keeps the residual connection, for which the tokens must go "
+                "through ln_1 of its last block right before custom_attn; they did not"
+            )
         call = self.style.read(attn_layer, x, bound.arguments, self.backend)
         self.text_features = self.text_features.to(x.device)
 
         def tail(heads: Tensor) -> Tensor:
             branch = attn_layer.out_proj(heads.transpose(1, 2).flatten(2))
             if self.residual:
-                branch = self.tokens[1:].transpose(0, 1) + branch
+                branch = tokens[1:].transpose(0, 1) + branch
                 branch = branch + self.last.mlp(self.last.ln_2(branch))
             return self.visual.ln_post(branch) @ self.visual.proj
 
         heads = adapted_heads(call.attention, tail, self.text_features, self.config, self.backend)
-        self.tokens = None
         return _output(attn_layer, heads, call.class_heads)
 
     @torch.no_grad()
@@ -435,6 +444,18 @@ class _Plug:
             bound = self.forward_signature.bind(*args, **kwargs)
             bound.apply_defaults()
             self.residual = not bound.arguments.get(_IGNORE_RESIDUAL, True)
+
+
+def _missing(module: nn.Module, parts: tuple[str, ...]) -> list[str]:
+    """Which of the parts, named with dots, the module does not have."""
+
+    def has(part: str) -> bool:
+        found: Any = module
+        for name in part.split("."):
+            found = getattr(found, name, None)
+        return found is not None
+
+    return [part for part in parts if not has(part)]
 
 
 def _plug_of(visual: nn.Module) -> _Plug | None:

@@ -83,10 +83,20 @@ def host_inputs(host, B, height, width, C, dtype=torch.float32):
     return images, text, features if host.needs_vfm else None
 
 
-@pytest.mark.parametrize("config", [None, CONFIG], ids=["host", "host + FSA"])
-@pytest.mark.parametrize("name", ["maskclip", "sclip", "clearclip", "proxyclip", "naclip"])
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("maskclip", CONFIG),
+        ("sclip", CONFIG),
+        ("clearclip", CONFIG),
+        ("clearclip", None),
+        ("proxyclip", CONFIG),
+        ("naclip", CONFIG),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "FSA" if value else "alone",
+)
 def test_a_host(name, config):
-    host = hosts.build(name, random_tower())
+    host = hosts.build(name, random_tower(layers=2))
     run = compiled(host)
     for sizes in SIZES:
         images, text, features = host_inputs(host, *sizes)
@@ -95,17 +105,8 @@ def test_a_host(name, config):
         assert relative_error(result, expected) < 1e-5
 
 
-def test_a_host_in_aot_autograd():
-    host = hosts.build("clearclip", random_tower())
-    run = compiled(host, "aot_eager")
-    for sizes in SIZES[:3]:
-        images, text, _ = host_inputs(host, *sizes)
-        expected = host(images, text, config=CONFIG)
-        assert relative_error(run(images, text, config=CONFIG), expected) < 1e-4
-
-
 def test_a_host_in_half_precision():
-    host = hosts.build("clearclip", random_tower().bfloat16())
+    host = hosts.build("clearclip", random_tower(layers=2).bfloat16())
     run = compiled(host)
     for sizes in SIZES:
         images, text, _ = host_inputs(host, *sizes, dtype=torch.bfloat16)
@@ -121,7 +122,7 @@ def test_a_host_of_a_users_function():
         unit = functional.normalize(block.value[:, :, block.prefix_tokens :], dim=-1)
         return (unit @ unit.transpose(2, 3) * 5).softmax(dim=-1)
 
-    host = hosts.build(values_alike, random_tower())
+    host = hosts.build(values_alike, random_tower(layers=2))
     run = compiled(host)
     for sizes in SIZES:
         images, text, _ = host_inputs(host, *sizes)
@@ -129,9 +130,8 @@ def test_a_host_of_a_users_function():
         assert relative_error(run(images, text, config=CONFIG), expected) < 1e-5
 
 
-@pytest.mark.parametrize("host", ["sclip", "proxyclip"])
-def test_the_segmentor(host):
-    segmentor = fsa.load_segmentor(host=host)
+def test_the_segmentor():
+    segmentor = fsa.load_segmentor(host="proxyclip")
     run = compiled(segmentor.forward)
     # The first is not square: PyTorch takes sizes that are equal at first to be always equal.
     for B, height, width, C in ((2, 64, 112, 5), (3, 96, 96, 7), (2, 224, 224, 7)):
@@ -204,27 +204,22 @@ def test_an_op_is_clean(name, number):
 # torch.export
 
 
-@pytest.mark.parametrize("name", ["clearclip", "proxyclip"])
-def test_a_host_with_feedback_is_exported(name, tmp_path):
-    host = hosts.build(name, random_tower())
+def test_a_host_with_feedback_is_exported_and_saved(tmp_path):
+    host = hosts.build("proxyclip", random_tower(layers=2))
     images, text, features = host_inputs(host, *SIZES[0])
-    options = {"vfm_features": features} if host.needs_vfm else {}
     batch = Dim("batch", min=2)
     sizes = {
         "images": {0: batch, 2: 8 * Dim("rows", min=2), 3: 8 * Dim("columns", min=2)},
         "text_features": {0: Dim("classes", min=2)},
-        "config": [],  # A constant.
+        "vfm_features": {0: batch, 2: Dim("vfm_rows"), 3: Dim("vfm_columns")},
+        "config": [],  # A constant, without sizes.
     }
-    if host.needs_vfm:
-        sizes["vfm_features"] = {0: batch, 2: Dim("vfm_rows"), 3: Dim("vfm_columns")}
-    program = torch.export.export(
-        host, (images, text), {**options, "config": CONFIG}, dynamic_shapes=sizes
-    )
+    options = {"vfm_features": features, "config": CONFIG}
+    program = torch.export.export(host, (images, text), options, dynamic_shapes=sizes)
     torch.export.save(program, tmp_path / "host.pt2")
     again = torch.export.load(tmp_path / "host.pt2").module()
     for case in SIZES:
         images, text, features = host_inputs(host, *case)
-        options = {"vfm_features": features} if host.needs_vfm else {}
-        expected = host(images, text, **options, config=CONFIG)
-        result = again(images, text, **options, config=CONFIG)
+        expected = host(images, text, vfm_features=features, config=CONFIG)
+        result = again(images, text, vfm_features=features, config=CONFIG)
         assert relative_error(result, expected) < 1e-5

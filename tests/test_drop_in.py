@@ -349,6 +349,12 @@ class OtherShape(ClearTower):
         return super().custom_attn(attn_layer, x, model_type)[1:]
 
 
+class OtherBlock(ClearTower):
+    def __init__(self):
+        super().__init__()
+        self.transformer.resblocks[-1] = nn.Linear(WIDTH, WIDTH)
+
+
 class WithFSA(ProxyTower):
     def FSA(self):
         return None
@@ -368,6 +374,7 @@ TEXT = pictures(dtype=torch.float32)[1]
         (ClearTower(), ["cat"], {}, "they are a list"),
         (ClearTower(), TEXT, {"config": True}, "config must be an FSAConfig or None, not bool"),
         (ClearTower(), TEXT, {"backend": "cuda"}, "backend='cuda' is not known"),
+        (OtherBlock(), TEXT, {}, r"has no attn\.in_proj_weight in its last block"),
         (OtherAttention(), TEXT, {}, "reads as ClearCLIP's, computes another attention"),
         (MoreArguments(), TEXT, {}, "takes other arguments: missing a required argument: 'depth'"),
         (OtherArguments(), TEXT, {}, r"takes \(attn_layer, x, temperature\), which is no style"),
@@ -385,6 +392,14 @@ def test_an_unknown_model_type_is_refused_in_words():
     fsa.plug_in(tower, TEXT)
     with pytest.raises(InputError, match="model_type='GEM'"):
         tower(pictures(dtype=torch.float32)[0], model_type="GEM")
+
+
+def test_a_residual_without_its_tokens_is_refused_in_words():
+    tower = SclipTower()
+    x, last = tower.trunk(pictures(dtype=torch.float32)[0])
+    fsa.plug_in(tower, TEXT)
+    with pytest.raises(InputError, match="must go through ln_1"):
+        tower.custom_attn(last.attn, x, csa=True)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -75,13 +75,14 @@ def host_class(host: str | ReadOutFunction) -> type[Host]:
 
 
 def build(host: str | ReadOutFunction, visual: nn.Module, **host_options: Any) -> Host:
-    """A host on an open_clip vision tower.
+    """A host on a vision tower.
 
     Args:
         host: one of `names()`, or a function from a `LastBlock` to the attention between its
             patches, (B,N,N) or (B,H,N,N): with it a method that is not a host here gets feedback.
             See `ReadOut`.
-        visual: the `visual` part of an open_clip model, a plain `VisionTransformer`.
+        visual: the `visual` part of an open_clip model, a plain `VisionTransformer`; or a `Tower`,
+            such as `fsa.transformers_models.CLIPTower(model)`.
         **host_options: `backend` for all; `residual` for all but ProxyCLIP; `shift` and `gain`
             for ProxyCLIP; `std` for NACLIP.
 

@@ -1,0 +1,52 @@
+"""Feedback for a method of your own: a function that returns the attention between patches.
+
+    python examples/read_out.py [PICTURE] [--out FOLDER]
+
+The function below takes CorrCLIP's idea: a patch attends to patches of its own region only, by
+how similar their values are. CorrCLIP has SAM's masks for regions; here they are patches of
+nearly the same colour. For Trident, return the correlation of SAM's features in place of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from torch import Tensor
+from torch.nn import functional
+
+import fsa
+from fsa import tiny
+from fsa.hosts import LastBlock
+
+SAME_COLOUR = 1.0
+SHARPNESS = 10.0
+
+
+def within_regions(block: LastBlock) -> Tensor:
+    """The attention (B,N,N): rows sum to 1, and are 0 outside of a patch's region."""
+    values = block.value[:, :, block.prefix_tokens :].transpose(1, 2).flatten(2)
+    unit = functional.normalize(values, dim=-1)
+    scores = SHARPNESS * unit @ unit.transpose(1, 2)
+
+    # A segmenter of yours sees the pictures here: block.images, (B,3,H,W), block.grid patches.
+    colours = functional.adaptive_avg_pool2d(block.images, block.grid).flatten(2).transpose(1, 2)
+    distance = (colours[:, :, None] - colours[:, None]).norm(dim=-1)
+    return scores.masked_fill(distance > SAME_COLOUR, float("-inf")).softmax(dim=-1)
+
+
+def main() -> None:
+    scene = tiny.demo_scenes()[4]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("picture", nargs="?", default=scene.picture)
+    parser.add_argument("--out", default="fsa-out")
+    options = parser.parse_args()
+
+    mine = fsa.load_segmentor(host=within_regions, feedback=False)
+    for name, segmentor in (("alone", mine), ("feedback", mine.with_feedback(True))):
+        result = segmentor.segment(options.picture, scene.classes)
+        result.save(f"{options.out}/{name}")
+        print(name, ", ".join(f"{label} {share:.0%}" for label, share in result.areas().items()))
+
+
+if __name__ == "__main__":
+    main()
