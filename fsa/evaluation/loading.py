@@ -46,7 +46,7 @@ def working_size(height: int, width: int, short_side: int) -> tuple[int, int]:
 
 
 def resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
-    """A picture (3,H,W) uint8 resized bilinearly, rounded to uint8 as the published pipelines do."""
+    """A picture (3,H,W) uint8 resized bilinearly, rounded as the published pipelines do."""
     if tuple(image.shape[-2:]) == size:
         return image
     resized = functional.interpolate(

@@ -91,7 +91,13 @@ _LARGE_VOCABULARIES = ("ade847", "context459")
 
 
 def family_of(host: str, model: str) -> str:
-    """The family of presets that a host is published with; the embedded model has its own."""
+    """The family of presets that a host is published with; the embedded model has its own.
+
+    Raises:
+        InputError: a host that is not known.
+    """
+    if host not in _FAMILY_OF_HOST:
+        raise InputError(f"host {host!r} is not known: {', '.join(_FAMILY_OF_HOST)}")
     return "tiny" if model == "tiny" else _FAMILY_OF_HOST[host]
 
 
@@ -245,8 +251,10 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 def table() -> str:
     """Every preset as one line, for `fsa eval --list`."""
-    head = f"{'preset':<26}{'short':>6}{'window':>7}{'stride':>7}{'prob_thd':>9}{'area_thd':>9}{'scale':>6}"
-    lines = [head]
+    lines = [
+        f"{'preset':<26}{'short':>6}{'window':>7}{'stride':>7}{'prob_thd':>9}{'area_thd':>9}"
+        f"{'scale':>6}"
+    ]
     for family in FAMILIES:
         for dataset in (*LAYOUTS, FOLDER):
             p = preset(family, dataset)

@@ -7,7 +7,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -120,6 +120,7 @@ def evaluate(
     restart: bool = False,
     quiet: bool = False,
     vfm_pretrained: str | None = None,
+    announce: Callable[[Protocol], None] | None = None,
 ) -> Result:
     """Labels every picture of a dataset and compares it with its mask.
 
@@ -140,6 +141,7 @@ def evaluate(
         restart: throw away what an earlier run has counted.
         quiet: no progress.
         vfm_pretrained: for the protocol's record.
+        announce: called with the protocol by the first process, before any work.
 
     Raises:
         InputError: a file that cannot be used, with on_error="stop", by name; an `out` that holds
@@ -159,6 +161,8 @@ def evaluate(
     protocol = _protocol(segmentor, dataset, preset, window_batch, chunk, on_error, vfm_pretrained)
     group = processes.current()
     make_directory(out)
+    if announce is not None and group.rank == 0:
+        announce(protocol)
     run = _Run(segmentor, dataset, preset, protocol, out, group, quiet)
     run.resume(restart)
     run.work(workers)
