@@ -227,7 +227,7 @@ class Dataset:
             value = int(stored[strange].min())
             raise InputError(
                 f"{path}: the mask holds the label {value}, which is no class: there are {count} "
-                f"({self._meaning()}); {self._remedy()}"
+                f"({self._meaning()}); {self._remedy(value)}"
             )
         return mask
 
@@ -236,9 +236,9 @@ class Dataset:
         ignored = ", ".join(map(str, self.ignore))
         return f"{first} to {first + len(self.classes) - 1}, and {ignored} is not counted"
 
-    def _remedy(self) -> str:
+    def _remedy(self, value: int) -> str:
         if self.name == FOLDER:
-            return "add it to classes.txt or pass --ignore"
+            return f"add it to classes.txt or pass --ignore {value}"
         return "are these the masks of another benchmark?"
 
 
