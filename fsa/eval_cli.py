@@ -223,8 +223,8 @@ def list_datasets() -> None:
         typer.echo(f"{name}: {layout.title}, {layout.pictures} pictures")
         typer.echo(f"  pictures  {layout.images}/*{layout.image_suffix}")
         typer.echo(f"  masks     {layout.masks}/*{layout.mask_suffix}")
-        if layout.split:
-            typer.echo(f"  split     {layout.split}")
+        if layout.splits:
+            typer.echo(f"  split     {' or '.join(layout.splits)}")
         typer.echo(f"  from      {layout.source}")
     typer.echo(f"{datasets.FOLDER}: any folder")
     typer.echo("  pictures  images/*")
@@ -257,18 +257,18 @@ def check(
 
 @data.command("convert")
 def convert(
-    name: Annotated[str, typer.Argument(help="coco_object or coco_stuff.")],
-    root: Annotated[Path, typer.Argument(help="Where COCO-Stuff lies.")],
+    name: Annotated[str, typer.Argument(help="coco_object, coco_stuff or cityscapes.")],
+    root: Annotated[Path, typer.Argument(help="Where it lies.")],
     workers: Annotated[
         int | None, typer.Option(help="Processes; default as many as there are cores.")
     ] = None,
 ) -> None:
-    """Make the masks of COCO-Object or COCO-Stuff from COCO-Stuff's annotations."""
+    """Renumber the masks of a benchmark's validation split as it counts them."""
     from tqdm import tqdm
 
-    from fsa.evaluation import coco
+    from fsa.evaluation import convert
 
-    written = coco.convert(
+    written = convert.convert(
         name,
         root,
         workers=workers,

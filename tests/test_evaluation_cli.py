@@ -83,7 +83,7 @@ def test_every_option_reaches_the_protocol(run, tmp_path):
     assert record["classes"] == [["tiger"], ["wolf", "hound"], ["background"]]
     assert (record["ignore"], record["background"]) == ([255, 7], 2)
     assert (record["host"], record["vfm"], record["backend"]) == ("proxyclip", "layer:2", "torch")
-    assert (record["window_batch"], record["chunk"], record["on_error"]) == (2, 1, "skip")
+    assert (record["window_batch"], record["chunk"]) == (2, 1)
 
 
 def test_a_benchmark_with_its_own_classes(run, tmp_path):

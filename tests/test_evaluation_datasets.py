@@ -8,7 +8,7 @@ from evaluation_data import folder, write_mask, write_picture
 from PIL import Image
 
 from fsa import InputError
-from fsa.evaluation import coco, datasets, loading
+from fsa.evaluation import convert, datasets, loading
 
 SIZE = (4, 6)
 # As stored -> as counted, -1 where not.
@@ -193,7 +193,7 @@ def test_check_knows_masks_that_only_need_conversion(tmp_path):
     make("cityscapes", tmp_path)
     for mask in list((tmp_path / "gtFine/val").rglob("*.png")):
         mask.rename(mask.with_name(mask.name.replace("labelTrainIds", "labelIds")))
-    assert any("labelIds masks are there" in p for p in datasets.check("cityscapes", tmp_path))
+    assert any("fsa data convert cityscapes" in p for p in datasets.check("cityscapes", tmp_path))
 
 
 def test_any_folder(tmp_path):
@@ -270,26 +270,41 @@ def test_coco_objects_are_made_from_coco_stuff(tmp_path):
     for name in ("000000000139", "000000000285"):
         write_mask(tmp_path / f"annotations/val2017/{name}.png", stored)
         write_picture(tmp_path / f"images/val2017/{name}.jpg", (2, 3), 0)
-    assert coco.convert("coco_object", tmp_path, workers=1) == 2
-    assert coco.convert("coco_object", tmp_path, workers=1) == 0
-    assert coco.convert("coco_stuff", tmp_path, workers=1) == 2
+    assert convert.convert("coco_object", tmp_path, workers=1) == 2
+    assert convert.convert("coco_object", tmp_path, workers=1) == 0
+    assert convert.convert("coco_stuff", tmp_path, workers=1) == 2
     objects = datasets.open_dataset("coco_object", tmp_path)
     assert objects.read_mask(objects.samples[1].mask).tolist() == [[1, 12, 80], [0, 0, 0]]
     stuff = datasets.open_dataset("coco_stuff", tmp_path)
     assert stuff.read_mask(stuff.samples[1].mask).tolist() == [[0, 11, 79], [80, 170, -1]]
     # Every class is reached once, by the ids that COCO uses.
-    assert sorted(set(coco.table("coco_stuff")) - {-1, 255}) == list(range(171))
-    assert sorted(set(coco.table("coco_object")) - {-1}) == list(range(81))
+    assert sorted(set(convert.table("coco_stuff")) - {-1, 255}) == list(range(171))
+    assert sorted(set(convert.table("coco_object")) - {-1}) == list(range(81))
+
+
+def test_cityscapes_train_ids_are_made_from_label_ids(tmp_path):
+    # unlabelled, road, sidewalk, sky, licence plate is -1 as 255 in 8 bits, bicycle.
+    stored = np.array([[0, 7, 8], [23, 255, 33]], np.uint8)
+    name = "frankfurt/frankfurt_000000_000294"
+    write_mask(tmp_path / f"gtFine/val/{name}_gtFine_labelIds.png", stored)
+    write_picture(tmp_path / f"leftImg8bit/val/{name}_leftImg8bit.png", (2, 3), 0)
+    assert convert.convert("cityscapes", tmp_path, workers=1) == 1
+    dataset = datasets.open_dataset("cityscapes", tmp_path)
+    assert dataset.read_mask(dataset.samples[0].mask).tolist() == [[-1, 0, 1], [10, -1, 18]]
+    assert sorted(set(convert.table("cityscapes")) - {255}) == list(range(19))
 
 
 def test_conversions_that_cannot_be_done(tmp_path):
-    with pytest.raises(InputError, match="'voc21' needs no conversion"):
-        coco.convert("voc21", tmp_path)
+    with pytest.raises(InputError, match="'voc21' is not converted here"):
+        convert.convert("voc21", tmp_path)
     with pytest.raises(InputError, match="there is no annotations/val2017/"):
-        coco.convert("coco_object", tmp_path)
+        convert.convert("coco_object", tmp_path)
+    (tmp_path / "annotations/val2017").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"there is no \*\.png to renumber"):
+        convert.convert("coco_object", tmp_path)
     write_mask(tmp_path / "annotations/val2017/1.png", np.array([[0, 11]], np.uint8))
-    with pytest.raises(InputError, match=r"1\.png: the id 11 is not one of COCO-Stuff's"):
-        coco.convert("coco_object", tmp_path, workers=1)
+    with pytest.raises(InputError, match=r"1\.png: the id 11 cannot occur in coco_object's"):
+        convert.convert("coco_object", tmp_path, workers=1)
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,8 @@ def test_files_that_cannot_be_used_are_skipped_and_counted(evaluate, tmp_path):
     write_mask(root / "masks/p2.png", np.zeros((3, 4), np.uint8))
     (root / "masks/p3.png").unlink()
     write_mask(root / "masks/p4.png", np.full((46, 50), 9, np.uint8))
+    with pytest.raises(InputError, match=r"p1\.jpg"):
+        evaluate(chunk=7, window_batch=1)
     result = evaluate(on_error="skip", chunk=7, window_batch=1)
     assert result.pictures == 3
     assert list(result.skipped) == ["p1", "p2", "p3", "p4"]

@@ -40,7 +40,7 @@ class Layout:
         images, masks: folders under the root.
         image_suffix, mask_suffix: what follows a picture's name; a mask has the picture's name,
             with its own suffix.
-        split: file under the root that lists the names, one a line; empty: all pictures count.
+        splits: where the file may lie that lists the names, one a line; empty: all count.
         homes: where the root may really begin, for archives that unpack into a folder of theirs.
         reduce_zero_label: 0 means unlabelled, and class k is stored as k + 1.
         ignore: values that are not counted, after `reduce_zero_label`.
@@ -55,7 +55,7 @@ class Layout:
     masks: str
     image_suffix: str = ".jpg"
     mask_suffix: str = ".png"
-    split: str = ""
+    splits: tuple[str, ...] = ()
     homes: tuple[str, ...] = ("",)
     reduce_zero_label: bool = False
     ignore: tuple[int, ...] = (IGNORE,)
@@ -69,7 +69,7 @@ _VOC = Layout(
     title="PASCAL VOC 2012 with background",
     images="JPEGImages",
     masks="SegmentationClass",
-    split="ImageSets/Segmentation/val.txt",
+    splits=("ImageSets/Segmentation/val.txt",),
     homes=("", "VOC2012", "VOCdevkit/VOC2012"),
     background=0,
     pictures=1449,
@@ -79,7 +79,7 @@ _CONTEXT = Layout(
     title="PASCAL Context with background",
     images="JPEGImages",
     masks="SegmentationClassContext",
-    split="ImageSets/SegmentationContext/val.txt",
+    splits=("ImageSets/SegmentationContext/val.txt",),
     homes=("", "VOC2010", "VOCdevkit/VOC2010"),
     background=0,
     pictures=5104,
@@ -96,7 +96,7 @@ _COCO = Layout(
     pictures=5000,
     source=(
         "val2017.zip of COCO and stuffthingmaps_trainval2017.zip of COCO-Stuff, whose masks "
-        "mmsegmentation's tools/dataset_converters/coco_stuff164k.py renumbers"
+        "`fsa data convert coco_stuff ROOT` renumbers"
     ),
 )
 
@@ -128,8 +128,8 @@ LAYOUTS: dict[str, Layout] = {
         mask_suffix="_gtFine_labelTrainIds.png",
         pictures=500,
         source=(
-            "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of Cityscapes, whose train "
-            "ids mmsegmentation's tools/dataset_converters/cityscapes.py writes"
+            "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip of Cityscapes, whose masks "
+            "`fsa data convert cityscapes ROOT` renumbers"
         ),
     ),
     "ade20k": Layout(
@@ -158,7 +158,7 @@ LAYOUTS: dict[str, Layout] = {
         images="JPEGImages",
         masks="annotations_detectron2/pc459_val",
         mask_suffix=".tif",
-        split="pascalcontext_val.txt",
+        splits=("pascalcontext_val.txt", "ImageSets/SegmentationContext/val.txt"),
         homes=("", "VOC2010", "VOCdevkit/VOC2010"),
         # 255 is a class here; 459 is what CAT-Seg leaves out.
         ignore=(459, _LARGEST_MASK_VALUE),
@@ -169,6 +169,14 @@ LAYOUTS: dict[str, Layout] = {
         ),
     ),
 }
+
+
+ORIGINAL_SUFFIX = {
+    "coco_object": ".png",
+    "coco_stuff": ".png",
+    "cityscapes": "_gtFine_labelIds.png",
+}
+"""The masks that `fsa data convert` renumbers, beside which it writes the others."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +297,7 @@ def open_dataset(
     home = _home(root, layout)
     if home is None:
         raise InputError(f"{root}: {_missing_folders(root, layout)}; see `fsa data check {name}`")
-    samples = _listed(home, layout) if layout.split else _found(home, layout)
+    samples = _listed(home, layout) if layout.splits else _found(home, layout)
     if classes_file is not None:
         classes = read_class_file(classes_file)
         expected = len(class_list(name))
@@ -423,7 +431,8 @@ def _missing_folders(root: Path, layout: Layout) -> str:
 
 
 def _listed(home: Path, layout: Layout) -> list[Sample]:
-    split = home / layout.split
+    candidates = [home / split for split in layout.splits]
+    split = next((path for path in candidates if path.is_file()), candidates[0])
     try:
         lines = split.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -472,18 +481,14 @@ def _some(paths: list[Path], root: Path) -> str:
 
 
 def _unprepared(name: str, missing: Path) -> str:
-    """What to run when the original masks are there and the prepared ones are not."""
-    suffix = LAYOUTS[name].mask_suffix if name in LAYOUTS else ""
-    if not missing.name.endswith(suffix) or "TrainIds" not in suffix:
+    """What to run when the original masks are there and the renumbered ones are not."""
+    original = ORIGINAL_SUFFIX.get(name)
+    if original is None or not missing.name.endswith(LAYOUTS[name].mask_suffix):
         return ""
-    stem = missing.name.removesuffix(suffix)
-    if name == "cityscapes" and missing.with_name(f"{stem}_gtFine_labelIds.png").is_file():
-        return "labelIds masks are there: mmsegmentation's cityscapes.py makes train ids of them"
-    if missing.with_name(f"{stem}.png").is_file():
-        if name == "coco_object":
-            return "COCO-Stuff's masks are there: run `fsa data convert coco_object ROOT`"
-        return "COCO-Stuff's masks are there: run `fsa data convert coco_stuff ROOT`"
-    return ""
+    stem = missing.name.removesuffix(LAYOUTS[name].mask_suffix)
+    if not missing.with_name(f"{stem}{original}").is_file():
+        return ""
+    return f"the original masks are there: run `fsa data convert {name} ROOT`"
 
 
 def _read_values(path: Path) -> np.ndarray:

@@ -182,7 +182,6 @@ class Protocol:
         backend, device, dtype: what computed; another may round differently.
         window_batch, chunk: windows per forward pass and pictures per unit of work: they decide
             which windows are multiplied together, and so the last bits.
-        on_error: "stop" or "skip".
         fsa, torch: versions.
     """
 
@@ -205,7 +204,6 @@ class Protocol:
     dtype: str
     window_batch: int
     chunk: int
-    on_error: str
     fsa: str
     torch: str
 

@@ -29,6 +29,7 @@ from fsa.evaluation.protocol import Preset, Protocol
 from fsa.metrics import iou, mean_iou
 from fsa.result import make_directory, write_whole
 from fsa.segmentor import Segmentor, label_map
+from fsa.text import TextQueries
 
 ON_ERROR = ("stop", "skip")
 
@@ -137,7 +138,8 @@ def evaluate(
         window_batch: windows per forward pass.
         chunk: pictures per unit of work; default as many as `window_batch`.
         workers: processes that decode, for each process that computes.
-        on_error: "stop" at a file that cannot be used, or "skip" and count it.
+        on_error: "stop" at a file that cannot be used, or "skip" it and say so in the result. A
+            run that stopped may go on with "skip".
         restart: throw away what an earlier run has counted.
         quiet: no progress.
         vfm_pretrained: for the protocol's record.
@@ -158,14 +160,14 @@ def evaluate(
     if on_error not in ON_ERROR:
         raise InputError(f"on_error={on_error!r} must be one of {ON_ERROR}")
     _check_sizes(segmentor, preset)
-    protocol = _protocol(segmentor, dataset, preset, window_batch, chunk, on_error, vfm_pretrained)
+    protocol = _protocol(segmentor, dataset, preset, window_batch, chunk, vfm_pretrained)
     group = processes.current()
     make_directory(out)
     if announce is not None and group.rank == 0:
         announce(protocol)
     run = _Run(segmentor, dataset, preset, protocol, out, group, quiet)
     run.resume(restart)
-    run.work(workers)
+    run.work(workers, skip=on_error == "skip")
     return run.finish()
 
 
@@ -228,8 +230,8 @@ class _Run:
         size = self.protocol.chunk
         return range(chunk * size, min((chunk + 1) * size, len(self.dataset.samples)))
 
-    def work(self, workers: int) -> None:
-        """Counts this process's chunks."""
+    def work(self, workers: int, skip: bool) -> None:
+        """Counts this process's chunks, without the pictures that cannot be if `skip`."""
         indices = [index for number in self.remaining for index in self.pictures_of(number)]
         if not indices:
             return
@@ -250,14 +252,16 @@ class _Run:
         with bar, torch.inference_mode():
             try:
                 for number in self.remaining:
-                    self._count(number, loaded, queries, bar)
+                    self._count(number, loaded, queries, bar, skip)
                     self.own.seconds = before + time.monotonic() - started
                     if time.monotonic() - self.saved_at > _SECONDS_BETWEEN_SAVES:
                         self._save()
             finally:
                 self._save()
 
-    def _count(self, number: int, loaded: Iterator[Loaded], queries: Any, bar: tqdm) -> None:
+    def _count(
+        self, number: int, loaded: Iterator[Loaded], queries: TextQueries, bar: tqdm, skip: bool
+    ) -> None:
         """Counts a chunk; what is known of it counts only when it is whole."""
         device = self.segmentor.loaded.device
         matrix = ConfusionMatrix(len(self.dataset.classes), device)
@@ -268,7 +272,7 @@ class _Run:
             for _ in self.pictures_of(number):
                 item = next(loaded)
                 if item.error:
-                    if self.protocol.on_error == "stop":
+                    if not skip:
                         raise InputError(item.error)
                     skipped[self.dataset.samples[item.index].name] = item.error
                     bar.update()
@@ -346,7 +350,6 @@ def _protocol(
     preset: Preset,
     window_batch: int,
     chunk: int,
-    on_error: str,
     vfm_pretrained: str | None,
 ) -> Protocol:
     loaded = segmentor.loaded
@@ -377,7 +380,6 @@ def _protocol(
         dtype=str(loaded.dtype).removeprefix("torch."),
         window_batch=window_batch,
         chunk=chunk,
-        on_error=on_error,
         fsa=fsa.__version__,
         torch=torch.__version__,
     )
