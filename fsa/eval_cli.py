@@ -164,7 +164,7 @@ def evaluate(
         antialias=antialias,
     )
 
-    from fsa.evaluation import datasets, processes
+    from fsa.evaluation import datasets
 
     opened = datasets.open_dataset(
         dataset,
@@ -173,6 +173,8 @@ def evaluate(
         classes_file=classes_file,
         ignore=ignore or (),
     )
+    from fsa.evaluation import processes
+
     feedback_changes = {
         "beta": beta,
         "confidence": confidence,

@@ -14,16 +14,13 @@ from torch.nn import functional
 
 import fsa
 from fsa import hosts, windows
-from fsa.config import FSAConfig
+from fsa.config import SEGMENTATION_SCALE, FSAConfig
 from fsa.errors import InputError
 from fsa.images import Picture, read_image
 from fsa.models import TINY, LoadedModel, load_model
 from fsa.result import Segmentation
 from fsa.text import Classes, TextEncoder, TextQueries
 from fsa.vfm import LAYER, VFM, load_vfm
-
-SEGMENTATION_SCALE = 40.0
-"""The merged cosines are multiplied with it before the softmax over queries."""
 
 _DEFAULT_VFM = "dino"
 _BACKGROUND = "background"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import shlex
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from fsa import FSAConfig, InputError, cli, hosts
 from fsa.evaluation import datasets, paper, protocol, report, sweep
 from fsa.evaluation.runner import Result
 
+ROOT = Path(__file__).parent.parent
 SMALL = ["--short-side", "64", "--window", "48", "--stride", "24", "--workers", "0"]
 
 
@@ -174,6 +177,17 @@ def test_the_list_has_every_cell_and_its_command(run):
         *shlex.split("fsa eval voc21 --root DIR --host proxyclip --model ViT-H-14"),
         *shlex.split("--pretrained laion2b_s32b_b79k --vfm dino"),
     ]
+
+
+def test_lists_and_mistakes_do_not_wait_for_torch():
+    probe = (
+        "import sys; from fsa import cli; from fsa.evaluation import datasets, paper, "
+        "protocol; protocol.table(); datasets.check('voc21', '.'); print('torch' in sys.modules)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.split() == ["False"]
 
 
 def test_the_papers_averages_are_those_of_its_cells():

@@ -19,9 +19,7 @@ import numpy as np
 from PIL import Image
 
 from fsa.errors import InputError
-from fsa.images import EXTENSIONS
 from fsa.metrics import IGNORE
-from fsa.text import parse_classes
 
 FOLDER = "folder"
 """The name of any folder with images/, masks/ and classes.txt."""
@@ -374,6 +372,9 @@ def read_class_file(path: Path) -> tuple[tuple[str, ...], ...]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
         raise InputError(f"{path}: the classes cannot be read ({reason})") from None
+    # Here, so that lists, checks and mistakes do not wait for torch.
+    from fsa.text import parse_classes
+
     try:
         return parse_classes([line.split(",") for line in lines if line.strip()])
     except InputError as error:
@@ -381,6 +382,8 @@ def read_class_file(path: Path) -> tuple[tuple[str, ...], ...]:
 
 
 def _open_folder(root: Path, classes_file: Path | None, ignore: Sequence[int]) -> Dataset:
+    from fsa.images import EXTENSIONS
+
     images, masks = root / "images", root / "masks"
     absent = [f"{folder.name}/" for folder in (images, masks) if not folder.is_dir()]
     if classes_file is None and not (root / "classes.txt").is_file():
@@ -391,7 +394,9 @@ def _open_folder(root: Path, classes_file: Path | None, ignore: Sequence[int]) -
     pictures = _walk(images, EXTENSIONS)
     if not pictures:
         raise InputError(f"{images}: the folder holds no pictures ({', '.join(EXTENSIONS)})")
-    of_stem = {path.relative_to(masks).with_suffix(""): path for path in _walk(masks, None)}
+    of_stem = {
+        path.relative_to(masks).with_suffix(""): path for path in _walk(masks, _MASK_EXTENSIONS)
+    }
     samples = []
     seen: dict[Path, Path] = {}
     for path in pictures:
@@ -449,7 +454,10 @@ def _listed(home: Path, layout: Layout) -> list[Sample]:
 
 def _found(home: Path, layout: Layout) -> list[Sample]:
     images = home / layout.images
-    pictures = [path for path in _walk(images, None) if path.name.endswith(layout.image_suffix)]
+    extension = f".{layout.image_suffix.rpartition('.')[2]}"
+    pictures = [
+        path for path in _walk(images, (extension,)) if path.name.endswith(layout.image_suffix)
+    ]
     if not pictures:
         raise InputError(f"{images}: the folder holds no *{layout.image_suffix}")
     names_found = [
@@ -466,12 +474,11 @@ def _sample(home: Path, layout: Layout, name: str) -> Sample:
     )
 
 
-def _walk(folder: Path, extensions: tuple[str, ...] | None) -> list[Path]:
-    accepted = extensions if extensions is not None else (*EXTENSIONS, *_MASK_EXTENSIONS)
+def _walk(folder: Path, extensions: tuple[str, ...]) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in accepted and not path.name.startswith(".")
+        if path.suffix.lower() in extensions and not path.name.startswith(".")
     )
 
 

@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from fsa.config import SEGMENTATION_SCALE
 from fsa.errors import InputError
 from fsa.evaluation.datasets import FOLDER, LAYOUTS, names
-from fsa.segmentor import SEGMENTATION_SCALE
 
 LONG_SIDE = 2048
 """The published pipelines shrink pictures further so that their long side has at most this."""
