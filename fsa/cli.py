@@ -1,4 +1,4 @@
-"""The command `fsa`: segment pictures, show the demo, say what this machine runs.
+"""The command `fsa`: segment pictures, evaluate, show the demo, say what this machine runs.
 
 Nothing heavy is imported before a command needs it, so that help and mistakes answer at once.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fsa import eval_cli
 from fsa.errors import FSAError, InputError
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Open-vocabulary segmentation with CLIP and feedback self-adaptive attention (FSA).",
 )
+
+eval_cli.register(app)
 
 _CLASSES_SHOWN = 4
 

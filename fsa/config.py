@@ -21,6 +21,9 @@ PRECISIONS = ("exact", "fast")
 PROBABILITY_FLOOR = 1e-10
 """Added to a probability before its logarithm, as the published implementation does."""
 
+SEGMENTATION_SCALE = 40.0
+"""The merged cosines are multiplied with it before the softmax over queries."""
+
 PROXY_SHIFT = 1.2
 PROXY_GAIN = 3.0
 """ProxyCLIP's own constants: s <- (s - shift * mean(s)) * gain, negative entries masked."""

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 import fsa
 from fsa import hosts, windows
-from fsa.config import FSAConfig
+from fsa.config import SEGMENTATION_SCALE, FSAConfig
 from fsa.errors import InputError
 from fsa.images import Picture, read_image
 from fsa.models import TINY, LoadedModel, load_model
@@ -22,9 +22,6 @@ from fsa.result import Segmentation
 from fsa.text import Classes, TextEncoder, TextQueries
 from fsa.transformers_models import from_transformers
 from fsa.vfm import LAYER, VFM, load_vfm
-
-SEGMENTATION_SCALE = 40.0
-"""The merged cosines are multiplied with it before the softmax over queries."""
 
 _DEFAULT_VFM = "dino"
 _BACKGROUND = "background"
@@ -224,7 +221,7 @@ class Segmentor:
         names, background_index = _background(queries.names, prob_thd, background)
         with torch.inference_mode():
             cosines = self._merged_cosines(picture, queries, sizes, window_batch, progress)
-            labels = _labels(
+            labels = label_map(
                 cosines, queries, tuple(picture.rgb.shape[-2:]), prob_thd, background_index
             )
             scores = _class_probabilities(cosines, queries)
@@ -291,7 +288,7 @@ class Segmentor:
         for first in range(0, len(parts), window_batch):
             batch = parts[first : first + window_batch]
             crops = torch.stack([image[(slice(None), *part.slices)] for part in batch])
-            for part, cosines in zip(batch, self._window_cosines(crops, queries), strict=True):
+            for part, cosines in zip(batch, self.window_cosines(crops, queries), strict=True):
                 merger.add(part, cosines)
             if progress is not None:
                 progress(min(first + window_batch, len(parts)), len(parts))
@@ -306,9 +303,7 @@ class Segmentor:
         image = picture.rgb.to(device).float()[None] / 255
         if size != (height, width):
             image = functional.interpolate(image, size=size, mode="bilinear", antialias=True)
-        mean = torch.tensor(self.loaded.mean, device=device)[:, None, None]
-        std = torch.tensor(self.loaded.std, device=device)[:, None, None]
-        return (image[0] - mean) / std
+        return self.normalise(image[0])
 
     @torch.no_grad()
     def forward(self, windows: Tensor, text_features: Tensor) -> Tensor:
@@ -333,8 +328,23 @@ class Segmentor:
         grid = self.host.grid(*windows.shape[-2:], vfm_features)
         return (unit @ text_features.T).transpose(1, 2).unflatten(2, grid)
 
-    def _window_cosines(self, crops: Tensor, queries: TextQueries) -> Iterator[Tensor]:
-        """Cosines (Q,h,w) of each of the windows (B,3,h,w), upsampled to their size."""
+    def encode(self, classes: Classes, *, allow_repeats: bool = False) -> TextQueries:
+        """The text queries of a class list; see `fsa.text.TextEncoder.encode`."""
+        return self._text.encode(classes, allow_repeats=allow_repeats)
+
+    def normalise(self, image: Tensor) -> Tensor:
+        """A picture (3,h,w) in [0, 1] as CLIP takes it, by its mean and deviation."""
+        mean = torch.tensor(self.loaded.mean, device=image.device)[:, None, None]
+        std = torch.tensor(self.loaded.std, device=image.device)[:, None, None]
+        return (image - mean) / std
+
+    def window_cosines(self, crops: Tensor, queries: TextQueries) -> Iterator[Tensor]:
+        """Cosines (Q,h,w) of each of the windows (B,3,h,w), upsampled to their size.
+
+        Args:
+            crops: normalised, on the model's device; they may be of several pictures.
+            queries: from `encode`.
+        """
         height, width = crops.shape[-2:]
         of_vfm = self.vfm.multiple if self.vfm else 1
         multiple = tuple(math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
@@ -391,9 +401,11 @@ def _background(
     return names, index if prob_thd > 0 else None
 
 
-def _class_probabilities(cosines: Tensor, queries: TextQueries) -> Tensor:
+def _class_probabilities(
+    cosines: Tensor, queries: TextQueries, scale: float = SEGMENTATION_SCALE
+) -> Tensor:
     """Probabilities (C,h,w): softmax over queries (Q,h,w), the best of a class's names."""
-    probabilities = (cosines * SEGMENTATION_SCALE).softmax(dim=0)
+    probabilities = (cosines * scale).softmax(dim=0)
     if len(queries.names) == len(queries.class_index):
         return probabilities
     index = queries.class_index[:, None, None].expand_as(probabilities)
@@ -401,24 +413,48 @@ def _class_probabilities(cosines: Tensor, queries: TextQueries) -> Tensor:
     return best.scatter_reduce(0, index, probabilities, "amax", include_self=True)
 
 
-def _labels(
+def label_map(
     cosines: Tensor,
     queries: TextQueries,
     size: tuple[int, int],
     prob_thd: float,
     background_index: int | None,
+    *,
+    scale: float = SEGMENTATION_SCALE,
+    area_thd: float = 0.0,
 ) -> Tensor:
     """Labels (H,W) int32 at the picture's own size.
 
     The logits are upsampled in strips of rows, so that memory does not grow with classes times
     pixels.
+
+    Args:
+        cosines: (Q,h,w), merged over the windows of a picture.
+        queries: what they are cosines with.
+        size: (H,W) of the picture.
+        prob_thd: pixels whose best class has a lower probability become `background_index`.
+        background_index: a class, or None to leave them.
+        scale: of the cosines before the softmax over queries.
+        area_thd: classes other than the background whose share of the foreground is not larger are
+            given up in favour of the others (SCLIP's published protocol); 0 keeps all.
     """
+    if area_thd > 0 and background_index is not None:
+        first = label_map(cosines, queries, size, 0.0, None, scale=scale)
+        areas = torch.bincount(first.flatten(), minlength=len(queries.names))
+        areas[background_index] = 0
+        dropped = areas <= area_thd * areas.sum()
+        dropped[background_index] = False
+    else:
+        dropped = None
     height, width = size
     labels = torch.empty(size, dtype=torch.int32, device=cosines.device)
     rows = max(1, _STRIP_ENTRIES // (len(cosines) * width))
     for top in range(0, height, rows):
         strip = slice(top, min(top + rows, height))
-        probabilities = _class_probabilities(_upsampled_rows(cosines, size, strip), queries)
+        maps = _upsampled_rows(cosines, size, strip)
+        probabilities = _class_probabilities(maps, queries, scale)
+        if dropped is not None:
+            probabilities.masked_fill_(dropped[:, None, None], 0)
         best, index = probabilities.max(dim=0)
         if background_index is not None:
             index = index.masked_fill(best < prob_thd, background_index)

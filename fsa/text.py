@@ -36,8 +36,12 @@ class TextQueries:
     names: tuple[str, ...]
 
 
-def parse_classes(classes: Classes) -> tuple[tuple[str, ...], ...]:
+def parse_classes(classes: Classes, *, allow_repeats: bool = False) -> tuple[tuple[str, ...], ...]:
     """Checks a list of classes, each a name or a list of synonyms.
+
+    Args:
+        classes: the list.
+        allow_repeats: take a name that occurs twice; published class lists have them.
 
     Raises:
         InputError: an empty list, an empty name, or a name that occurs twice.
@@ -60,7 +64,7 @@ def parse_classes(classes: Classes) -> tuple[tuple[str, ...], ...]:
                 raise InputError(f"classes holds {name!r}, which is not a name")
         synonyms = tuple(name.strip() for name in synonyms)
         for name in synonyms:
-            if name.casefold() in seen:
+            if name.casefold() in seen and not allow_repeats:
                 raise InputError(f"classes names {name!r} twice")
             seen.add(name.casefold())
         parsed.append(synonyms)
@@ -91,13 +95,13 @@ class TextEncoder:
         self._cache: OrderedDict[tuple[tuple[str, ...], ...], TextQueries] = OrderedDict()
         self._lock = threading.Lock()
 
-    def encode(self, classes: Classes) -> TextQueries:
-        """The queries of a class list.
+    def encode(self, classes: Classes, *, allow_repeats: bool = False) -> TextQueries:
+        """The queries of a class list; `allow_repeats` as in `parse_classes`.
 
         Raises:
             InputError: as `parse_classes`.
         """
-        parsed = parse_classes(classes)
+        parsed = parse_classes(classes, allow_repeats=allow_repeats)
         with self._lock:
             if parsed in self._cache:
                 self._cache.move_to_end(parsed)

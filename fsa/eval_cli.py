@@ -1,0 +1,378 @@
+"""The commands `fsa eval` and `fsa data`.
+
+Nothing heavy is imported before a command needs it, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fsa.errors import InputError
+
+if TYPE_CHECKING:
+    from fsa.config import FSAConfig
+    from fsa.evaluation.datasets import Dataset
+    from fsa.evaluation.protocol import Preset, Protocol
+    from fsa.evaluation.runner import Result
+    from fsa.segmentor import Segmentor
+
+data = typer.Typer(no_args_is_help=True, help="Benchmarks on disk: what is missing, conversion.")
+
+_WINDOW_BATCH_CPU = 8
+_WINDOW_BATCH_GPU = 64
+_DEFAULT_HOST = "clearclip"
+
+
+class OnError(str, Enum):
+    """What a file that cannot be used does."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class Backend(str, Enum):
+    """The backends of the ops."""
+
+    auto = "auto"
+    triton = "triton"
+    torch = "torch"
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the application."""
+    app.command("eval")(evaluate)
+    app.add_typer(data, name="data")
+
+
+def evaluate(
+    dataset: Annotated[
+        str, typer.Argument(help='A benchmark (see "fsa data list"), or "folder".')
+    ] = "",
+    root: Annotated[Path | None, typer.Option(help="Where the dataset lies.")] = None,
+    list_cells: Annotated[
+        bool, typer.Option("--list", help="The presets, and the paper's cells with commands.")
+    ] = False,
+    host: Annotated[
+        str | None, typer.Option(help=f"The segmentor; default {_DEFAULT_HOST}.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help='"tiny" (embedded, the default), or an open_clip name.')
+    ] = None,
+    pretrained: Annotated[
+        str | None, typer.Option(help="A tag of open_clip's, or a checkpoint file.")
+    ] = None,
+    vfm: Annotated[
+        str | None, typer.Option(help="For proxyclip: dino, dinov2, sam, mae, layer, layer:K.")
+    ] = None,
+    vfm_pretrained: Annotated[
+        str | None, typer.Option(help="A checkpoint file for the vfm.")
+    ] = None,
+    feedback: Annotated[
+        bool, typer.Option("--feedback/--no-feedback", help="With FSA, or the host alone.")
+    ] = True,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="proxyclip, sclip, clearclip or tiny; default the host's own."),
+    ] = None,
+    short_side: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
+    window: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
+    prob_thd: Annotated[float | None, typer.Option(help="Instead of the preset's.")] = None,
+    area_thd: Annotated[float | None, typer.Option(help="Instead of the preset's.")] = None,
+    logit_scale: Annotated[
+        float | None, typer.Option(help="Of the merged cosines, instead of the preset's.")
+    ] = None,
+    antialias: Annotated[
+        bool | None,
+        typer.Option("--antialias/--no-antialias", help="Smooth when shrinking pictures."),
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="Sharpness of FSA's scaling.")] = None,
+    confidence: Annotated[
+        float | None, typer.Option(help="p, the cumulative confidence that FSA keeps.")
+    ] = None,
+    feedback_logit_scale: Annotated[
+        float | None, typer.Option(help="Of the cosines that FSA compares patches by.")
+    ] = None,
+    uniform_logit_scale: Annotated[
+        float | None, typer.Option(help="The same under uniform attention.")
+    ] = None,
+    classes_file: Annotated[
+        Path | None, typer.Option(help="Other names for the classes, one class a line.")
+    ] = None,
+    ignore: Annotated[
+        list[int] | None, typer.Option(help="For a folder: a mask value that is not counted.")
+    ] = None,
+    sweep: Annotated[
+        str, typer.Option(help="Ablations: scaling,pruning,isolation,adaptations,similarity,...")
+    ] = "",
+    on_error: Annotated[
+        OnError, typer.Option(help="What a file that cannot be used does.")
+    ] = OnError.stop,
+    workers: Annotated[int, typer.Option(help="Processes that decode pictures.")] = 2,
+    window_batch: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Windows per forward pass; default {_WINDOW_BATCH_CPU}, on a GPU "
+            f"{_WINDOW_BATCH_GPU}."
+        ),
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Pictures per unit of work; default the window batch.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    backend: Annotated[Backend, typer.Option(help="Of the ops.")] = Backend.auto,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the results; default fsa-eval/...")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what was counted before.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; only the mIoU.")] = False,
+) -> None:
+    """Measure mIoU on a benchmark or on any folder of pictures with masks.
+
+    Killed and started again with the same command it goes on where it was. Under torchrun the
+    pictures are shared out: torchrun --nproc-per-node 8 -m fsa eval ...
+    """
+    if list_cells:
+        typer.echo(_listing(dataset, host, model))
+        return
+    if not dataset or root is None:
+        raise InputError(
+            "name a dataset and where it lies: fsa eval voc21 --root DIR, or fsa eval folder "
+            "--root DIR for images/, masks/ and classes.txt"
+        )
+    host = host or _DEFAULT_HOST
+    model = model or "tiny"
+
+    # What can be wrong is found before the models are loaded.
+    from fsa.evaluation import protocol
+
+    settings = protocol.preset(preset or protocol.family_of(host, model), dataset).override(
+        short_side=short_side,
+        window=window,
+        stride=stride,
+        prob_thd=prob_thd,
+        area_thd=area_thd,
+        logit_scale=logit_scale,
+        antialias=antialias,
+    )
+
+    from fsa.evaluation import datasets
+
+    opened = datasets.open_dataset(
+        dataset,
+        root,
+        class_list_name=settings.class_list,
+        classes_file=classes_file,
+        ignore=ignore or (),
+    )
+    from fsa.evaluation import processes
+
+    feedback_changes = {
+        "beta": beta,
+        "confidence": confidence,
+        "logit_scale": feedback_logit_scale,
+        "uniform_logit_scale": uniform_logit_scale,
+    }
+    try:
+        group = processes.start()
+        segmentor = _segmentor(
+            host,
+            model,
+            pretrained,
+            vfm,
+            feedback,
+            device=processes.own_device(device),
+            dtype=dtype,
+            backend=backend.value,
+            vfm_pretrained=vfm_pretrained,
+            changes={name: value for name, value in feedback_changes.items() if value is not None},
+        )
+        on_gpu = segmentor.loaded.device.type == "cuda"
+        options = {
+            "window_batch": window_batch or (_WINDOW_BATCH_GPU if on_gpu else _WINDOW_BATCH_CPU),
+            "chunk": chunk,
+            "workers": workers,
+            "on_error": on_error.value,
+            "restart": restart,
+            "quiet": quiet,
+            "vfm_pretrained": vfm_pretrained,
+        }
+        first = group.rank == 0
+        if sweep:
+            folder = out or _folder(opened, host, model, vfm, "sweep")
+            _sweep(sweep, segmentor, opened, settings, folder, options, first)
+        else:
+            folder = out or _folder(opened, host, model, vfm, "fsa" if feedback else "host")
+            _once(segmentor, opened, settings, folder, options, first)
+    finally:
+        processes.stop()
+
+
+@data.command("list")
+def list_datasets() -> None:
+    """The benchmarks, where they come from, and where their files are looked for."""
+    from fsa.evaluation import datasets
+
+    for name, layout in datasets.LAYOUTS.items():
+        typer.echo(f"{name}: {layout.title}, {layout.pictures} pictures")
+        typer.echo(f"  pictures  {layout.images}/*{layout.image_suffix}")
+        typer.echo(f"  masks     {layout.masks}/*{layout.mask_suffix}")
+        if layout.splits:
+            typer.echo(f"  split     {' or '.join(layout.splits)}")
+        typer.echo(f"  from      {layout.source}")
+    typer.echo(f"{datasets.FOLDER}: any folder")
+    typer.echo("  pictures  images/*")
+    typer.echo("  masks     masks/*, of the same names, with the number of a class per pixel")
+    typer.echo("  classes   classes.txt, one class a line from number 0, synonyms after commas")
+
+
+@data.command("check")
+def check(
+    name: Annotated[str, typer.Argument(help='A benchmark, or "folder".')],
+    root: Annotated[Path, typer.Argument(help="Where it lies.")],
+    ignore: Annotated[
+        list[int] | None, typer.Option(help="For a folder: a mask value that is not counted.")
+    ] = None,
+) -> None:
+    """Say in words what is missing before a dataset can be evaluated."""
+    from fsa.evaluation import datasets
+
+    problems = datasets.check(name, root, ignore=ignore or ())
+    for problem in problems:
+        typer.echo(problem)
+    if problems:
+        raise typer.Exit(1)
+    opened = datasets.open_dataset(name, root, ignore=ignore or ())
+    typer.echo(
+        f"{name}: all there, {len(opened.samples)} pictures with masks, "
+        f"{len(opened.classes)} classes, in {opened.root}"
+    )
+
+
+@data.command("convert")
+def convert(
+    name: Annotated[str, typer.Argument(help="coco_object, coco_stuff or cityscapes.")],
+    root: Annotated[Path, typer.Argument(help="Where it lies.")],
+    workers: Annotated[
+        int | None, typer.Option(help="Processes; default as many as there are cores.")
+    ] = None,
+) -> None:
+    """Renumber the masks of a benchmark's validation split as it counts them."""
+    from tqdm import tqdm
+
+    from fsa.evaluation import convert
+
+    written = convert.convert(
+        name,
+        root,
+        workers=workers,
+        progress=lambda results, total: tqdm(results, total=total, unit="mask", file=sys.stderr),
+    )
+    typer.echo(f"{written} masks written")
+
+
+def _segmentor(
+    host: str,
+    model: str,
+    pretrained: str | None,
+    vfm: str | None,
+    feedback: bool,
+    changes: dict[str, float],
+    **options: Any,
+) -> Segmentor:
+    from fsa.segmentor import load_segmentor
+
+    segmentor = load_segmentor(host, model, pretrained, vfm, feedback=feedback, **options)
+    if not changes:
+        return segmentor
+    if segmentor.config is None:
+        names = ", ".join(sorted(changes))
+        raise InputError(f"{names} belong to feedback, which --no-feedback turns off")
+    return segmentor.with_feedback(segmentor.config.replace(**changes))
+
+
+def _folder(dataset: Dataset, host: str, model: str, vfm: str | None, kind: str) -> Path:
+    from fsa.result import safe_stem
+
+    words = [dataset.root.name if dataset.name == "folder" else dataset.name, host, model]
+    words += [vfm] if vfm else []
+    return Path("fsa-eval") / safe_stem("-".join([*words, kind]))
+
+
+def _once(
+    segmentor: Segmentor,
+    dataset: Dataset,
+    settings: Preset,
+    folder: Path,
+    options: dict[str, Any],
+    first: bool,
+) -> None:
+    from fsa.evaluation import report, runner
+
+    def announce(protocol: Protocol) -> None:
+        if not options["quiet"]:
+            typer.echo(f"{protocol.describe()}\n")
+
+    result = runner.evaluate(segmentor, dataset, settings, folder, announce=announce, **options)
+    if not first:
+        return
+    if options["quiet"]:
+        typer.echo(f"{100 * result.miou():.2f}")
+    else:
+        typer.echo(f"\n{report.text(result)}\nwritten to {folder}/")
+
+
+def _sweep(
+    text: str,
+    segmentor: Segmentor,
+    dataset: Dataset,
+    settings: Preset,
+    folder: Path,
+    options: dict[str, Any],
+    first: bool,
+) -> None:
+    from fsa.evaluation import runner, sweep
+
+    if segmentor.config is None:
+        raise InputError("--sweep varies feedback, which --no-feedback turns off")
+    chosen = sweep.rows([name.strip() for name in text.split(",")], segmentor.config)
+
+    def one(config: FSAConfig | None, out: Path) -> Result:
+        return runner.evaluate(
+            segmentor.with_feedback(False if config is None else config),
+            dataset,
+            settings,
+            out,
+            **options,
+        )
+
+    swept = sweep.run(chosen, folder, one)
+    if first:
+        files = swept.save(folder)
+        typer.echo(swept.markdown())
+        typer.echo(f"written: {', '.join(str(file) for file in files)}")
+        if not sweep.can_plot() and {"confidence", "beta"} & {row.table for row in chosen}:
+            typer.echo("the plot needs matplotlib: pip install 'fsa-kernels[plots]'", err=True)
+
+
+def _listing(dataset: str, host: str | None, model: str | None) -> str:
+    from fsa.evaluation import paper, protocol
+
+    wanted = {"dataset": dataset or None, "host": host, "model": model}
+    lines = [f"{name}: {text}" for name, text in protocol.FAMILIES.items()]
+    lines += ["", protocol.table(), "", "the paper's mIoU without -> with FSA, and the command"]
+    lines.append("(add --no-feedback for the first number)")
+    for cell in paper.cells():
+        if all(value in (None, getattr(cell, name)) for name, value in wanted.items()):
+            lines.append(
+                f"table {cell.table}  {cell.without:5.1f} -> {cell.with_fsa:5.1f}  {cell.command()}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,5 @@
+"""Evaluation on the field's benchmarks and on any folder of pictures with masks.
+
+`open_dataset` reads a folder layout, `protocol` holds the published settings, `evaluate` computes
+one confusion matrix, and `sweep` repeats it for the paper's ablations.
+"""

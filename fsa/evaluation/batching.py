@@ -1,0 +1,65 @@
+"""Windows of several pictures in one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from fsa import windows
+from fsa.segmentor import Segmentor
+from fsa.text import TextQueries
+
+
+def merged_cosines(
+    segmentor: Segmentor,
+    images: Iterable[tuple[int, Tensor]],
+    queries: TextQueries,
+    window: int,
+    stride: int,
+    window_batch: int,
+) -> Iterator[tuple[int, Tensor]]:
+    """Cosines of each picture, averaged over its windows, in the order of the pictures.
+
+    A batch is filled with the next windows of the same size, whichever picture they are of. So
+    one map or two are in memory at a time, however small the pictures are.
+
+    Args:
+        segmentor: what computes.
+        images: pairs of a key and a picture (3,h,w), normalised, on the model's device.
+        queries: what to compare with.
+        window, stride: in pixels.
+        window_batch: windows per forward pass.
+
+    Yields:
+        The key and (Q,h,w) float32.
+    """
+    waiting: list[tuple[int, Tensor, windows.Window, bool]] = []
+    merger: windows.WindowMerger | None = None
+
+    def flush() -> Iterator[tuple[int, Tensor]]:
+        nonlocal merger
+        crops = torch.stack([image[(slice(None), *part.slices)] for _, image, part, _ in waiting])
+        maps = segmentor.window_cosines(crops, queries)
+        for (key, image, part, last), cosines in zip(waiting, maps, strict=True):
+            if merger is None:
+                merger = windows.WindowMerger(
+                    len(queries.features), *image.shape[-2:], device=image.device
+                )
+            merger.add(part, cosines)
+            if last:
+                merged, merger = merger.mean(), None
+                yield key, merged
+        waiting.clear()
+
+    for key, image in images:
+        parts = windows.plan(*image.shape[-2:], window, stride)
+        for part in parts:
+            if waiting and (waiting[0][2].height, waiting[0][2].width) != (part.height, part.width):
+                yield from flush()
+            waiting.append((key, image, part, part is parts[-1]))
+            if len(waiting) == window_batch:
+                yield from flush()
+    if waiting:
+        yield from flush()

@@ -1,0 +1,107 @@
+"""Decoding and resizing in worker processes, so that the device never waits for Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+from fsa.errors import InputError
+from fsa.evaluation.datasets import Dataset
+from fsa.evaluation.protocol import LONG_SIDE, Preset
+from fsa.images import read_image
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A picture that is ready for windows, or why it is not.
+
+    Attributes:
+        index: in the dataset's samples.
+        image: (3,h,w) uint8 at the working size, or None.
+        mask: (H,W) int32 at the picture's own size, -1 where not counted, or None.
+        error: what went wrong, or "".
+    """
+
+    index: int
+    image: Tensor | None
+    mask: Tensor | None
+    error: str = ""
+
+    def pin_memory(self) -> Loaded:
+        """The same in page-locked memory, from which copies to the GPU overlap with work."""
+        if self.image is None or self.mask is None:
+            return self
+        return Loaded(self.index, self.image.pin_memory(), self.mask.pin_memory())
+
+
+def working_size(height: int, width: int, short_side: int) -> tuple[int, int]:
+    """(h,w) of a resized picture: the short side as asked, the long one at most `LONG_SIDE`."""
+    scale = min(short_side / min(height, width), LONG_SIDE / max(height, width))
+    return tuple(max(1, int(side * scale + 0.5)) for side in (height, width))
+
+
+def resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
+    """A picture (3,H,W) uint8 resized bilinearly, rounded as the published pipelines do."""
+    if tuple(image.shape[-2:]) == size:
+        return image
+    resized = functional.interpolate(
+        image[None].float(), size=size, mode="bilinear", antialias=antialias
+    )
+    return resized[0].round().clamp(0, 255).to(torch.uint8)
+
+
+def loader(
+    dataset: Dataset, indices: list[int], preset: Preset, workers: int, pin: bool
+) -> DataLoader:
+    """Yields `Loaded` for each of the samples, in their order.
+
+    Args:
+        dataset: where the files are.
+        indices: which samples.
+        preset: to which size pictures are resized.
+        workers: processes that decode; 0 decodes here.
+        pin: whether to put tensors into page-locked memory.
+    """
+    return DataLoader(
+        _Samples(dataset, indices, preset),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+class _Samples(torch.utils.data.Dataset):
+    def __init__(self, dataset: Dataset, indices: list[int], preset: Preset) -> None:
+        self._dataset = dataset
+        self._indices = indices
+        self._read = partial(_read, dataset, preset)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, position: int) -> Loaded:
+        index = self._indices[position]
+        # An exception would lose its class and its one line on the way between processes.
+        try:
+            return self._read(index)
+        except InputError as error:
+            return Loaded(index, None, None, str(error))
+
+
+def _read(dataset: Dataset, preset: Preset, index: int) -> Loaded:
+    sample = dataset.samples[index]
+    image = read_image(sample.image).rgb
+    mask = dataset.read_mask(sample.mask)
+    if mask.shape != tuple(image.shape[-2:]):
+        raise InputError(
+            f"{sample.mask}: the mask is {mask.shape[1]} x {mask.shape[0]} pixels, but the picture "
+            f"{sample.image} is {image.shape[2]} x {image.shape[1]}"
+        )
+    size = working_size(*mask.shape, preset.short_side)
+    return Loaded(index, resize(image, size, preset.antialias), torch.from_numpy(mask))

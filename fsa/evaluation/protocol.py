@@ -1,0 +1,271 @@
+"""The published settings of each method on each benchmark, and what a result records of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from fsa.config import SEGMENTATION_SCALE
+from fsa.errors import InputError
+from fsa.evaluation.datasets import FOLDER, LAYOUTS, names
+
+LONG_SIDE = 2048
+"""The published pipelines shrink pictures further so that their long side has at most this."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How pictures are cut and labelled; sizes in pixels.
+
+    Attributes:
+        name: of the family and the benchmark, such as "proxyclip/voc21".
+        short_side: to which pictures are resized.
+        window, stride: of the sliding window.
+        prob_thd: pixels whose best class has a lower probability become background.
+        area_thd: see `fsa.segmentor.label_map`.
+        logit_scale: of the cosines before the softmax over queries.
+        class_list: of the package, see `fsa.evaluation.datasets.class_list`; empty for a folder.
+        antialias: whether shrinking smooths; the published pipelines do not.
+    """
+
+    name: str
+    short_side: int
+    window: int
+    stride: int
+    prob_thd: float = 0.0
+    area_thd: float = 0.0
+    logit_scale: float = SEGMENTATION_SCALE
+    class_list: str = ""
+    antialias: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("short_side", 1), ("window", 1), ("stride", 1)):
+            value = getattr(self, name)
+            self._require(name, _is_integer(value) and value >= least, f"an integer >= {least}")
+        self._require("stride", self.stride <= self.window, f"at most the window, {self.window}")
+        for name in ("prob_thd", "area_thd"):
+            value = getattr(self, name)
+            self._require(name, _is_number(value) and 0 <= value <= 1, "a number from 0 to 1")
+        value = self.logit_scale
+        self._require("logit_scale", _is_number(value) and value > 0, "a number > 0")
+
+    def _require(self, name: str, holds: bool, accepted: str) -> None:
+        if not holds:
+            raise InputError(
+                f"{name}={getattr(self, name)!r} is not accepted: it must be {accepted}"
+            )
+
+    def override(self, **changes: Any) -> Preset:
+        """A copy with those fields changed that are not None."""
+        changes = {name: value for name, value in changes.items() if value is not None}
+        if not changes:
+            return self
+        return replace(self, name=f"{self.name} changed", **changes)
+
+
+FAMILIES: dict[str, str] = {
+    "proxyclip": "ProxyCLIP's protocol as FSA uses it: 336 / 336 / 112, Cityscapes 448 / 224 / 80",
+    "sclip": "SCLIP's own: 336 / 224 / 112, Cityscapes 560; several names for some classes",
+    "clearclip": "ClearCLIP's own: 448 / 224 / 112",
+    "tiny": "for the embedded model: 280 / 96 / 48, with FSA's thresholds",
+}
+"""Short side / window / stride of each family of presets."""
+
+# FSA keeps each method's own data pipeline. MaskCLIP's numbers in the comparison tables
+# come from SCLIP's, and the attention types were run in ProxyCLIP's code.
+_FAMILY_OF_HOST = {
+    "clip": "sclip",
+    "maskclip": "sclip",
+    "sclip": "sclip",
+    "clearclip": "clearclip",
+    "proxyclip": "proxyclip",
+    "qk": "proxyclip",
+    "qq": "proxyclip",
+    "kk": "proxyclip",
+    "vv": "proxyclip",
+}
+
+_LARGE_VOCABULARIES = ("ade847", "context459")
+
+
+def family_of(host: str, model: str) -> str:
+    """The family of presets that a host is published with; the embedded model has its own.
+
+    Raises:
+        InputError: a host that is not known.
+    """
+    if host not in _FAMILY_OF_HOST:
+        raise InputError(f"host {host!r} is not known: {', '.join(_FAMILY_OF_HOST)}")
+    return "tiny" if model == "tiny" else _FAMILY_OF_HOST[host]
+
+
+def preset(family: str, dataset: str) -> Preset:
+    """The settings of a family on a benchmark.
+
+    Args:
+        family: one of `FAMILIES`.
+        dataset: one of `fsa.evaluation.datasets.names()`.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if family not in FAMILIES:
+        raise InputError(f"preset={family!r} is not known: {', '.join(FAMILIES)}")
+    if dataset not in names():
+        raise InputError(f"dataset {dataset!r} is not known: {', '.join(names())}")
+    settings: dict[str, Any] = {
+        "proxyclip": _proxyclip,
+        "sclip": _sclip,
+        "clearclip": _clearclip,
+        "tiny": _tiny,
+    }[family](dataset)
+    settings.setdefault("class_list", "" if dataset == FOLDER else dataset)
+    return Preset(name=f"{family}/{dataset}", **settings)
+
+
+def _proxyclip(dataset: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {"short_side": 336, "window": 336, "stride": 112}
+    if dataset == "cityscapes":
+        settings.update(short_side=448, window=224, stride=80)
+    elif dataset == "ade20k" or dataset in _LARGE_VOCABULARIES:
+        settings.update(short_side=448)
+    settings["prob_thd"] = {"voc21": 0.2, "context60": 0.14, "coco_object": 0.3}.get(dataset, 0.0)
+    return settings
+
+
+def _sclip(dataset: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {"short_side": 336, "window": 224, "stride": 112}
+    if dataset == "cityscapes":
+        settings.update(short_side=560)
+    elif dataset == "coco_stuff" or dataset in _LARGE_VOCABULARIES:
+        settings.update(short_side=448)
+    if dataset in ("voc21", "context60", "coco_object"):
+        settings.update(prob_thd=0.1, logit_scale=50.0)
+    if dataset == "voc21":
+        settings.update(logit_scale=65.0, area_thd=0.1)
+    if dataset in ("voc21", "voc20", "coco_object"):
+        settings["class_list"] = f"{dataset}-sclip"
+    return settings
+
+
+def _clearclip(dataset: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "short_side": 448,
+        "window": 224,
+        "stride": 112,
+        "logit_scale": 50.0,
+    }
+    settings["prob_thd"] = {"voc21": 0.5, "context60": 0.15, "coco_object": 0.4}.get(dataset, 0.0)
+    if dataset in ("voc21", "coco_object"):
+        settings["class_list"] = f"{dataset}-clearclip"
+    return settings
+
+
+def _tiny(dataset: str) -> dict[str, Any]:
+    return {**_proxyclip(dataset), "short_side": 280, "window": 96, "stride": 48}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything a result depends on. Two runs with the same protocol count the same pixels.
+
+    Attributes:
+        dataset: name of the layout.
+        pictures, fingerprint: how many pictures, and a hash of their list.
+        preset: see `Preset`.
+        classes: the text queries of each class.
+        reduce_zero_label, ignore, background: see `fsa.evaluation.datasets.Layout`.
+        host, model, pretrained, vfm, vfm_pretrained: as `fsa.load_segmentor` takes them.
+        feedback: the configuration of FSA, or None for the host alone.
+        backend, device, dtype: what computed; another may round differently.
+        window_batch, chunk: windows per forward pass and pictures per unit of work: they decide
+            which windows are multiplied together, and so the last bits.
+        fsa, torch: versions.
+    """
+
+    dataset: str
+    pictures: int
+    fingerprint: str
+    preset: Preset
+    classes: tuple[tuple[str, ...], ...]
+    reduce_zero_label: bool
+    ignore: tuple[int, ...]
+    background: int | None
+    host: str
+    model: str
+    pretrained: str | None
+    vfm: str | None
+    vfm_pretrained: str | None
+    feedback: dict[str, Any] | None
+    backend: str
+    device: str
+    dtype: str
+    window_batch: int
+    chunk: int
+    fsa: str
+    torch: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def fingerprint_of_all(self) -> str:
+        """A short hash of every field."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def describe(self) -> str:
+        """The protocol as lines for a reader; class names are only counted."""
+        values = self.to_dict()
+        settings = values.pop("preset")
+        classes = values.pop("classes")
+        feedback = values.pop("feedback")
+        lines = [f"preset       {settings.pop('name')}"]
+        lines += [f"  {name:<14}{value}" for name, value in settings.items()]
+        queries = sum(map(len, classes))
+        lines.append(f"classes      {len(classes)}, by {queries} names")
+        lines += [f"{name:<20}{value}" for name, value in values.items() if value is not None]
+        lines.append("feedback     " + ("off" if feedback is None else "FSA"))
+        lines += [f"  {name:<20}{value}" for name, value in (feedback or {}).items()]
+        return "\n".join(lines)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Where two protocols, as dictionaries, differ: "preset.stride: 112, now 56"."""
+    found: list[str] = []
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            if name == "classes":
+                found.append(f"{prefix}classes: other names")
+            else:
+                found.append(f"{prefix}{name}: {old!r}, now {new!r}")
+    return found
+
+
+def table() -> str:
+    """Every preset as one line, for `fsa eval --list`."""
+    lines = [
+        f"{'preset':<26}{'short':>6}{'window':>7}{'stride':>7}{'prob_thd':>9}{'area_thd':>9}"
+        f"{'scale':>6}"
+    ]
+    for family in FAMILIES:
+        for dataset in (*LAYOUTS, FOLDER):
+            p = preset(family, dataset)
+            lines.append(
+                f"{p.name:<26}{p.short_side:>6}{p.window:>7}{p.stride:>7}{p.prob_thd:>9g}"
+                f"{p.area_thd:>9g}{p.logit_scale:>6g}"
+            )
+    return "\n".join(lines)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,62 @@
+"""What an evaluation says on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fsa.evaluation import paper
+from fsa.evaluation.protocol import family_of
+from fsa.evaluation.runner import Result
+
+_SKIPPED_SHOWN = 10
+
+
+def text(result: Result) -> str:
+    """IoU of each class, the mean, and the paper's number for the cell."""
+    lines = [f"{'class':<32}{'IoU %':>8}{'true pixels':>16}"]
+    for name, value, pixels in zip(
+        result.class_names, result.iou(), result.counts.sum(axis=1), strict=True
+    ):
+        shown = "absent" if np.isnan(value) else f"{100 * value:.2f}"
+        lines.append(f"{name[:31]:<32}{shown:>8}{pixels:>16,}")
+    present = int((~np.isnan(result.iou())).sum())
+    lines += [
+        "",
+        f"mIoU {100 * result.miou():.2f}  over {present} classes, {result.pictures} pictures, "
+        f"{result.counts.sum():,} pixels, in {result.seconds:.0f} s",
+    ]
+    if result.skipped:
+        lines.append(f"{len(result.skipped)} pictures were skipped and are in no number:")
+        lines += [f"  {why}" for why in list(result.skipped.values())[:_SKIPPED_SHOWN]]
+        if len(result.skipped) > _SKIPPED_SHOWN:
+            lines.append(f"  and {len(result.skipped) - _SKIPPED_SHOWN} more, in result.json")
+    return "\n".join([*lines, *comparison(result)])
+
+
+def comparison(result: Result) -> list[str]:
+    """The paper's cell beside the result, and what makes them incomparable."""
+    protocol = result.protocol
+    cell = paper.find(protocol["host"], protocol["model"], protocol["vfm"], protocol["dataset"])
+    if cell is None:
+        return ["the paper has no number for this model, host and dataset"]
+    measured = 100 * result.miou()
+    feedback = protocol["feedback"] is not None
+    lines = [
+        f"paper, table {cell.table}: {cell.without:.1f} without FSA "
+        f"({measured - cell.without:+.2f}), {cell.with_fsa:.1f} with FSA "
+        f"({measured - cell.with_fsa:+.2f}); this run is {'with' if feedback else 'without'} FSA"
+    ]
+    return lines + [f"not comparable: {reason}" for reason in _obstacles(protocol, cell)]
+
+
+def _obstacles(protocol: dict[str, Any], cell: paper.Cell) -> list[str]:
+    reasons = []
+    published = f"{family_of(cell.host, cell.model)}/{cell.dataset}"
+    used = protocol["preset"]["name"]
+    if used != published:
+        reasons.append(f"preset {used} instead of {published}")
+    if protocol["pretrained"] != cell.pretrained:
+        reasons.append(f"weights {protocol['pretrained']} instead of {cell.pretrained}")
+    return reasons

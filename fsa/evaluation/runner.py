@@ -1,0 +1,389 @@
+"""An evaluation: every picture labelled once, by one process or by many, in one matrix."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fsa
+from fsa.errors import InputError
+from fsa.evaluation import processes, state
+from fsa.evaluation.batching import merged_cosines
+from fsa.evaluation.datasets import Dataset
+from fsa.evaluation.loading import Loaded, loader
+from fsa.evaluation.matrix import ConfusionMatrix
+from fsa.evaluation.protocol import Preset, Protocol
+from fsa.metrics import iou, mean_iou
+from fsa.result import make_directory, write_whole
+from fsa.segmentor import Segmentor, label_map
+from fsa.text import TextQueries
+
+ON_ERROR = ("stop", "skip")
+
+_SECONDS_BETWEEN_SAVES = 5.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an evaluation found.
+
+    Attributes:
+        counts: (C,C) int64: entry [t, p] is how many pixels of class t were labelled p.
+        class_names: one per class.
+        pictures: how many were counted.
+        skipped: name of each picture that could not be -> why.
+        seconds: time spent, over all runs that led here.
+        protocol: what was done.
+    """
+
+    counts: np.ndarray
+    class_names: tuple[str, ...]
+    pictures: int
+    skipped: dict[str, str]
+    seconds: float
+    protocol: dict[str, Any]
+
+    def iou(self) -> np.ndarray:
+        """Intersection over union of each class, NaN where a class is nowhere."""
+        return iou(self.counts)
+
+    def miou(self) -> float:
+        """Mean IoU over the classes that occur, in [0, 1]; NaN if no pixel was counted."""
+        return mean_iou(self.counts) if self.counts.any() else float("nan")
+
+    def accuracy(self) -> float:
+        """Share of the counted pixels that are right; NaN if there are none."""
+        total = self.counts.sum()
+        return float(np.diag(self.counts).sum() / total) if total else float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON has it; classes that are nowhere have None."""
+        scores = {
+            name: None if np.isnan(value) else round(float(value), 6)
+            for name, value in zip(self.class_names, self.iou(), strict=True)
+        }
+        return {
+            "miou": _number(self.miou()),
+            "pixel_accuracy": _number(self.accuracy()),
+            "pixels": int(self.counts.sum()),
+            "pictures": self.pictures,
+            "skipped": self.skipped,
+            "seconds": round(self.seconds, 1),
+            "iou": scores,
+            "protocol": self.protocol,
+            "confusion": self.counts.tolist(),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Writes result.json and per_class.csv."""
+        record = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        text = json.dumps(record | self.to_dict()) + "\n"
+        write_whole(folder / "result.json", lambda out: out.write(text.encode()))
+        rows = io.StringIO()
+        writer = csv.writer(rows, lineterminator="\n")
+        writer.writerow(["class", "iou", "true pixels", "labelled pixels", "right pixels"])
+        for index, (name, value) in enumerate(zip(self.class_names, self.iou(), strict=True)):
+            writer.writerow(
+                [
+                    name,
+                    "" if np.isnan(value) else f"{value:.6f}",
+                    int(self.counts[index].sum()),
+                    int(self.counts[:, index].sum()),
+                    int(self.counts[index, index]),
+                ]
+            )
+        write_whole(folder / "per_class.csv", lambda out: out.write(rows.getvalue().encode()))
+
+
+def evaluate(
+    segmentor: Segmentor,
+    dataset: Dataset,
+    preset: Preset,
+    out: Path,
+    *,
+    window_batch: int = 8,
+    chunk: int | None = None,
+    workers: int = 2,
+    on_error: str = "stop",
+    restart: bool = False,
+    quiet: bool = False,
+    vfm_pretrained: str | None = None,
+    announce: Callable[[Protocol], None] | None = None,
+) -> Result:
+    """Labels every picture of a dataset and compares it with its mask.
+
+    Work is done in chunks of pictures that lie next to each other. Windows are batched within a
+    chunk, so the same numbers are multiplied together whichever process does it and however often
+    the run was stopped: the matrix is the same, integer for integer. Run under torchrun, the
+    chunks are dealt out to the processes.
+
+    Args:
+        segmentor: what labels.
+        dataset: what is labelled.
+        preset: how; see `fsa.evaluation.protocol`.
+        out: directory of the results and of what is needed to go on after being killed.
+        window_batch: windows per forward pass.
+        chunk: pictures per unit of work; default as many as `window_batch`.
+        workers: processes that decode, for each process that computes.
+        on_error: "stop" at a file that cannot be used, or "skip" it and say so in the result. A
+            run that stopped may go on with "skip".
+        restart: throw away what an earlier run has counted.
+        quiet: no progress.
+        vfm_pretrained: for the protocol's record.
+        announce: called with the protocol by the first process, before any work.
+
+    Raises:
+        InputError: a file that cannot be used, with on_error="stop", by name; an `out` that holds
+            an evaluation under another protocol; an argument that is not accepted.
+    """
+    chunk = window_batch if chunk is None else chunk
+    for name, value, least in (
+        ("window_batch", window_batch, 1),
+        ("chunk", chunk, 1),
+        ("workers", workers, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name}={value!r} must be an integer >= {least}")
+    if on_error not in ON_ERROR:
+        raise InputError(f"on_error={on_error!r} must be one of {ON_ERROR}")
+    _check_sizes(segmentor, preset)
+    protocol = _protocol(segmentor, dataset, preset, window_batch, chunk, vfm_pretrained)
+    group = processes.current()
+    make_directory(out)
+    if announce is not None and group.rank == 0:
+        announce(protocol)
+    run = _Run(segmentor, dataset, preset, protocol, out, group, quiet)
+    run.resume(restart)
+    run.work(workers, skip=on_error == "skip")
+    return run.finish()
+
+
+class _Run:
+    """One process's share of an evaluation."""
+
+    def __init__(
+        self,
+        segmentor: Segmentor,
+        dataset: Dataset,
+        preset: Preset,
+        protocol: Protocol,
+        out: Path,
+        group: processes.Group,
+        quiet: bool,
+    ) -> None:
+        self.segmentor = segmentor
+        self.dataset = dataset
+        self.preset = preset
+        self.protocol = protocol
+        self.record = protocol.to_dict()
+        self.out = out
+        self.group = group
+        self.quiet = quiet
+        self.file = state.state_file(out, group.rank)
+        self.own = state.State.empty(len(dataset.classes))
+        self.earlier = state.State.empty(len(dataset.classes))
+        self.remaining: list[int] = []
+        self.saved_at = 0.0
+
+    def resume(self, restart: bool) -> None:
+        """Finds out what is done, and which chunks are this process's."""
+        if restart and self.group.rank == 0:
+            for file in state.state_files(self.out):
+                file.unlink()
+        self.group.barrier()
+        if self.file.exists():
+            self.own = state.load(self.file, self.record)
+        if self.group.rank == 0:
+            # Of processes that this run does not have.
+            ours = {state.state_file(self.out, rank) for rank in range(self.group.size)}
+            for file in state.state_files(self.out):
+                if file not in ours:
+                    self.earlier.merge(state.load(file, self.record))
+        shares = self.group.gather(self.own.chunks | self.earlier.chunks)
+        done = set().union(*shares)
+        if sum(map(len, shares)) != len(done):
+            raise InputError(f"{self.out}: a chunk was counted by two processes: use --restart")
+        count = -(-len(self.dataset.samples) // self.protocol.chunk)
+        open_chunks = [number for number in range(count) if number not in done]
+        self.remaining = open_chunks[self.group.rank :: self.group.size]
+        if done and not self.quiet and self.group.rank == 0:
+            pictures = sum(len(self.pictures_of(number)) for number in done)
+            print(
+                f"going on after {pictures} of {len(self.dataset.samples)} pictures",
+                file=sys.stderr,
+            )
+
+    def pictures_of(self, chunk: int) -> range:
+        size = self.protocol.chunk
+        return range(chunk * size, min((chunk + 1) * size, len(self.dataset.samples)))
+
+    def work(self, workers: int, skip: bool) -> None:
+        """Counts this process's chunks, without the pictures that cannot be if `skip`."""
+        indices = [index for number in self.remaining for index in self.pictures_of(number)]
+        if not indices:
+            return
+        queries = self.segmentor.encode(self.dataset.classes, allow_repeats=True)
+        device = self.segmentor.loaded.device
+        share = f"process 1 of {self.group.size}: " if self.group.size > 1 else ""
+        bar = tqdm(
+            total=len(indices),
+            unit="picture",
+            desc=f"{share}{self.dataset.name}",
+            disable=self.quiet or self.group.rank > 0,
+            smoothing=0.05,
+            file=sys.stderr,
+        )
+        loaded = iter(loader(self.dataset, indices, self.preset, workers, device.type == "cuda"))
+        self.saved_at = started = time.monotonic()
+        before = self.own.seconds
+        with bar, torch.inference_mode():
+            try:
+                for number in self.remaining:
+                    self._count(number, loaded, queries, bar, skip)
+                    self.own.seconds = before + time.monotonic() - started
+                    if time.monotonic() - self.saved_at > _SECONDS_BETWEEN_SAVES:
+                        self._save()
+            finally:
+                self._save()
+
+    def _count(
+        self, number: int, loaded: Iterator[Loaded], queries: TextQueries, bar: tqdm, skip: bool
+    ) -> None:
+        """Counts a chunk; what is known of it counts only when it is whole."""
+        device = self.segmentor.loaded.device
+        matrix = ConfusionMatrix(len(self.dataset.classes), device)
+        masks: dict[int, Tensor] = {}
+        skipped: dict[str, str] = {}
+
+        def images() -> Iterator[tuple[int, Tensor]]:
+            for _ in self.pictures_of(number):
+                item = next(loaded)
+                if item.error:
+                    if not skip:
+                        raise InputError(item.error)
+                    skipped[self.dataset.samples[item.index].name] = item.error
+                    bar.update()
+                    continue
+                masks[item.index] = item.mask.to(device, non_blocking=True)
+                image = item.image.to(device, non_blocking=True)
+                yield item.index, self.segmentor.normalise(image.float() / 255)
+
+        background = self.protocol.background if self.preset.prob_thd > 0 else None
+        pictures = 0
+        for index, cosines in merged_cosines(
+            self.segmentor,
+            images(),
+            queries,
+            self.preset.window,
+            self.preset.stride,
+            self.protocol.window_batch,
+        ):
+            mask = masks.pop(index)
+            labels = label_map(
+                cosines,
+                queries,
+                tuple(mask.shape),
+                self.preset.prob_thd,
+                background,
+                scale=self.preset.logit_scale,
+                area_thd=self.preset.area_thd,
+            )
+            matrix.add(labels, mask)
+            pictures += 1
+            bar.update()
+        self.own.counts += matrix.counts().numpy()
+        self.own.pictures += pictures
+        self.own.skipped |= skipped
+        self.own.chunks.add(number)
+
+    def _save(self) -> None:
+        state.save(self.file, self.own, self.record)
+        self.saved_at = time.monotonic()
+
+    def finish(self) -> Result:
+        """The sum over all processes; the first writes it down."""
+        total = self.own
+        total.merge(self.earlier)
+        counts = self.group.sum(total.counts)
+        parts = self.group.gather((total.pictures, total.skipped, total.seconds))
+        skipped: dict[str, str] = {}
+        for _, of_part, _ in parts:
+            skipped |= of_part
+        result = Result(
+            counts=counts,
+            class_names=self.dataset.class_names,
+            pictures=sum(pictures for pictures, _, _ in parts),
+            skipped=skipped,
+            seconds=max(seconds for _, _, seconds in parts),
+            protocol=self.record,
+        )
+        if self.group.rank == 0:
+            result.save(self.out)
+        return result
+
+
+def _check_sizes(segmentor: Segmentor, preset: Preset) -> None:
+    patch = max(segmentor.host.tower.patch_size)
+    for name in ("window", "short_side"):
+        if getattr(preset, name) < patch:
+            raise InputError(
+                f"{name}={getattr(preset, name)} must be at least a patch of the model, {patch}"
+            )
+
+
+def _protocol(
+    segmentor: Segmentor,
+    dataset: Dataset,
+    preset: Preset,
+    window_batch: int,
+    chunk: int,
+    vfm_pretrained: str | None,
+) -> Protocol:
+    loaded = segmentor.loaded
+    background = dataset.background
+    if preset.prob_thd > 0 and background is None:
+        raise InputError(
+            f"prob_thd={preset.prob_thd} turns uncertain pixels into background, but "
+            f"{dataset.name!r} has no class of that name"
+        )
+    on_gpu = loaded.device.type == "cuda"
+    return Protocol(
+        dataset=dataset.name,
+        pictures=len(dataset.samples),
+        fingerprint=dataset.fingerprint(),
+        preset=preset,
+        classes=dataset.classes,
+        reduce_zero_label=dataset.reduce_zero_label,
+        ignore=dataset.ignore,
+        background=background,
+        host=segmentor.host_name,
+        model=loaded.name,
+        pretrained=loaded.pretrained,
+        vfm=segmentor.vfm.name if segmentor.vfm else None,
+        vfm_pretrained=vfm_pretrained,
+        feedback=segmentor.config.to_dict() if segmentor.config else None,
+        backend=segmentor.host.backend,
+        device=torch.cuda.get_device_name(loaded.device) if on_gpu else loaded.device.type,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        window_batch=window_batch,
+        chunk=chunk,
+        fsa=fsa.__version__,
+        torch=torch.__version__,
+    )
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else value
