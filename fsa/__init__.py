@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fsa import hosts
     from fsa.config import FSAConfig
-    from fsa.errors import FSAError, InputError, ModelUnavailableError
+    from fsa.errors import FSAError, InputError, ModelUnavailableError, OutOfMemoryError
     from fsa.ops import adapt, explain, feedback_attention, proxy_attention
     from fsa.segmentor import Segmentation, Segmentor, load_segmentor
 
@@ -27,6 +27,7 @@ __all__ = [
     "FSAError",
     "InputError",
     "ModelUnavailableError",
+    "OutOfMemoryError",
     "Segmentation",
     "Segmentor",
     "adapt",
@@ -43,6 +44,7 @@ _HOMES = {
     "FSAError": "fsa.errors",
     "InputError": "fsa.errors",
     "ModelUnavailableError": "fsa.errors",
+    "OutOfMemoryError": "fsa.errors",
     "adapt": "fsa.ops",
     "explain": "fsa.ops",
     "feedback_attention": "fsa.ops",

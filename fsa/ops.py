@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 import fsa_kernels
 from fsa import torch_backend
 from fsa.config import PROXY_GAIN, PROXY_SHIFT, FSAConfig
-from fsa.errors import InputError
+from fsa.errors import InputError, named_out_of_memory
 
 BACKENDS = ("auto", "triton", "torch")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -56,6 +57,7 @@ def feedback_attention(
         InputError: wrong ranks, shapes, types, devices, backend; an input that requires grad
             while gradients are enabled; NaN or inf on the CPU. On a GPU, where looking would
             synchronise, a patch with such logits gets a row of NaN and no other row keeps it.
+        OutOfMemoryError: the result or the work on it does not fit.
     """
     config = _checked_config(config)
     _check_tensor("patch_logits", patch_logits, "(B, N, C)")
@@ -112,7 +114,8 @@ def adapt(
         not repeated per head.
 
     Raises:
-        InputError: as `feedback_attention`.
+        InputError: as `feedback_attention`. On a GPU, NaN and inf spread as in any product.
+        OutOfMemoryError: the result or the work on it does not fit.
     """
     config = _checked_config(config)
     _check_tensor("value", value, "(B, H, N, d)")
@@ -130,13 +133,17 @@ def adapt(
             raise InputError(
                 f"attention must be a tensor or a callable, not {type(attention).__name__}"
             )
-        return torch_backend.adapt(
+        adapted = torch_backend.adapt(
             value,
             feedback,
             lambda x: attention(x.to(value.dtype)),
             attended,
             config.adaptations,
         )
+        if not torch.compiler.is_compiling():
+            inputs = {"value": value, "feedback": feedback, "attended": attended}
+            _check_finite_product(adapted, inputs)
+        return adapted
     _check_tensor("attention", attention, "(B, N, N) or (B, H, N, N)", ranks=(3, 4))
     shape = (B, N, N) if attention.ndim == 3 else (B, H, N, N)
     _check_shape("attention", attention, shape, "value", value)
@@ -168,7 +175,8 @@ def proxy_attention(
         (B,N,D) in the type of `value`. No N x N matrix is kept.
 
     Raises:
-        InputError: as `feedback_attention`.
+        InputError: as `feedback_attention`. On a GPU, NaN and inf make their own image NaN.
+        OutOfMemoryError: the result or the work on it does not fit.
     """
     _check_tensor("features", features, "(B, N, F)")
     _check_tensor("value", value, "(B, N, D)")
@@ -327,6 +335,19 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         raise InputError(f"{name} holds NaN or inf")
 
 
+def _check_finite_product(result: Tensor, inputs: dict[str, Tensor | None]) -> None:
+    """The same for products, whose inputs are large: NaN and inf show in the small result."""
+    if result.device.type == "cpu" and not bool(result.isfinite().all()):
+        for name, tensor in inputs.items():
+            if tensor is not None:
+                _check_finite(name, tensor)
+
+
+def _out_of_memory(what: str, of: Tensor) -> AbstractContextManager[None]:
+    sizes = f"{what} for an input of shape {tuple(of.shape)} on {of.device}"
+    return named_out_of_memory(sizes, "take fewer images at once, or fewer patches")
+
+
 # --------------------------------------------------------------------------------------------------
 # Registration with torch.library
 
@@ -363,11 +384,12 @@ def _feedback_attention(
         "threshold": threshold,
         "scaling": scaling,
     }
-    if backend == "triton":
-        return fsa_kernels.feedback_attention(
-            patch_logits, uniform_logits, precision=precision, **options
-        )
-    return torch_backend.feedback_attention(patch_logits, uniform_logits, **options)
+    with _out_of_memory("feedback attention", patch_logits):
+        if backend == "triton":
+            return fsa_kernels.feedback_attention(
+                patch_logits, uniform_logits, precision=precision, **options
+            )
+        return torch_backend.feedback_attention(patch_logits, uniform_logits, **options)
 
 
 @_feedback_attention.register_fake
@@ -384,10 +406,13 @@ def _(patch_logits, *_):
 )
 def _adapt(value, feedback, attention, attended, adaptations):
     apply_attention = torch_backend.attention_applier(attention)
-    adapted = torch_backend.adapt(
-        value, feedback, apply_attention, attended, tuple(adaptations.split(","))
-    )
-    return adapted.contiguous()
+    with _out_of_memory("adapted values", value):
+        adapted = torch_backend.adapt(
+            value, feedback, apply_attention, attended, tuple(adaptations.split(","))
+        ).contiguous()
+    inputs = {"value": value, "feedback": feedback, "attention": attention, "attended": attended}
+    _check_finite_product(adapted, inputs)
+    return adapted
 
 
 @_adapt.register_fake
@@ -401,10 +426,12 @@ def _(value, *_):
     schema="(Tensor features, Tensor value, float shift, float gain, str backend) -> Tensor",
 )
 def _proxy_attention(features, value, shift, gain, backend):
+    op = fsa_kernels.proxy_attention if backend == "triton" else torch_backend.proxy_attention
     _check_finite("features", features)
-    if backend == "triton":
-        return fsa_kernels.proxy_attention(features, value, shift=shift, gain=gain)
-    return torch_backend.proxy_attention(features, value, shift=shift, gain=gain)
+    with _out_of_memory("attended values", value):
+        attended = op(features, value, shift=shift, gain=gain)
+    _check_finite_product(attended, {"value": value})
+    return attended
 
 
 @_proxy_attention.register_fake

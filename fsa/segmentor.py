@@ -15,7 +15,7 @@ from torch.nn import functional
 import fsa
 from fsa import hosts, windows
 from fsa.config import FSAConfig
-from fsa.errors import InputError
+from fsa.errors import InputError, named_out_of_memory
 from fsa.images import Picture, read_image
 from fsa.models import TINY, LoadedModel, load_model
 from fsa.result import Segmentation
@@ -188,12 +188,14 @@ class Segmentor:
                 embedded model.
             prob_thd: pixels whose best class has a lower probability become background.
             background: what they become: a class by number or by any of its names, or another
-                name, which is added as a last class; default a class "background" if there is one, else added.
+                name, which is added as a last class; default a class "background" if there is
+                one, else added.
             window_batch: how many windows are computed at once; no influence on the result.
             progress: called with (windows done, windows in all).
 
         Raises:
             InputError: a picture or an argument that is not accepted.
+            OutOfMemoryError: a working size or a batch of windows that does not fit.
         """
         start = time.perf_counter()
         sizes = self._sizes(window, stride, short_side)
@@ -202,7 +204,9 @@ class Segmentor:
         picture = read_image(image)
         names, background_index = _background(parse_classes(classes), prob_thd, background)
         queries = self._text.encode(classes)
-        with torch.inference_mode():
+        what = f"windows of {sizes.window} pixels, {window_batch} at once, on {self.loaded.device}"
+        advice = "lower window_batch, window or short_side"
+        with torch.inference_mode(), named_out_of_memory(what, advice):
             cosines = self._merged_cosines(picture, queries, sizes, window_batch, progress)
             labels = _labels(
                 cosines, queries, tuple(picture.rgb.shape[-2:]), prob_thd, background_index
@@ -336,7 +340,7 @@ def _resolve_feedback(feedback: bool | FSAConfig, vfm: VFM | None, model: str) -
 def _background(
     classes: tuple[tuple[str, ...], ...], prob_thd: float, background: str | int | None
 ) -> tuple[tuple[str, ...], int | None]:
-    """Each class's name with the background among them, and its index; None where there is none."""
+    """The classes' names with the background among them, and its index or None for none."""
     names = tuple(synonyms[0] for synonyms in classes)
     if (
         isinstance(prob_thd, bool)
