@@ -29,6 +29,7 @@ vocabularies in use have some 22 000."""
 MAX_NAME_LENGTH = 1000
 """In characters. CLIP reads 77 tokens of a sentence."""
 
+_TOO_MANY_NAMES = f"classes holds more than {MAX_NAMES} names"
 _MAX_FILE_BYTES = 1 << 24
 # Control characters, and halves of surrogate pairs, which no encoder takes.
 _NOT_IN_NAMES = ("Cc", "Cs")
@@ -78,7 +79,7 @@ def parse_classes(classes: Classes) -> tuple[tuple[str, ...], ...]:
                 raise InputError(f"classes names {name!r} twice")
             seen.add(name.casefold())
         if len(seen) > MAX_NAMES:
-            raise InputError(f"classes holds more than {MAX_NAMES} names")
+            raise InputError(_TOO_MANY_NAMES)
         parsed.append(synonyms)
     return tuple(parsed)
 
@@ -92,7 +93,9 @@ def _checked_name(name: Any) -> str:
             f"{MAX_NAME_LENGTH} are accepted"
         )
     name = " ".join(name.split())
-    if any(unicodedata.category(character) in _NOT_IN_NAMES for character in name):
+    if not name.isprintable() and any(
+        unicodedata.category(character) in _NOT_IN_NAMES for character in name
+    ):
         raise InputError(f"classes holds {name!r}, which has control characters in it")
     return name
 
@@ -104,6 +107,9 @@ def parse_class_text(text: str) -> list[list[str]]:
         InputError: as `parse_classes`.
     """
     entries = [entry for entry in text.split(";") if entry.strip()]
+    # Before a list is made for each.
+    if len(entries) > MAX_NAMES:
+        raise InputError(_TOO_MANY_NAMES)
     return [list(synonyms) for synonyms in parse_classes([e.split(",") for e in entries])]
 
 
