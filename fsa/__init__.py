@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fsa import hosts
     from fsa.config import FSAConfig
     from fsa.drop_in import plug_in, published_feedback, unplug
-    from fsa.errors import FSAError, InputError, ModelUnavailableError
+    from fsa.errors import FSAError, InputError, ModelUnavailableError, OutOfMemoryError
     from fsa.ops import adapt, explain, feedback_attention, feedback_step, proxy_attention
     from fsa.segmentor import Segmentation, Segmentor, load_segmentor
 
@@ -30,6 +30,7 @@ __all__ = [
     "FSAError",
     "InputError",
     "ModelUnavailableError",
+    "OutOfMemoryError",
     "Segmentation",
     "Segmentor",
     "adapt",
@@ -50,6 +51,7 @@ _HOMES = {
     "FSAError": "fsa.errors",
     "InputError": "fsa.errors",
     "ModelUnavailableError": "fsa.errors",
+    "OutOfMemoryError": "fsa.errors",
     "adapt": "fsa.ops",
     "explain": "fsa.ops",
     "feedback_attention": "fsa.ops",

@@ -109,6 +109,9 @@ def segment(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
     backend: Annotated[Backend, typer.Option(help="Of the ops.")] = Backend.auto,
+    cache_dir: Annotated[
+        str | None, typer.Option(help="Where downloaded weights are kept.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("fsa-out"),
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")] = False,
 ) -> None:
@@ -136,6 +139,7 @@ def segment(
         device=device,
         dtype=dtype,
         backend=backend.value,
+        cache_dir=cache_dir,
         vfm_pretrained=vfm_pretrained,
     )
     segmentor = segmentor.with_feedback(_feedback(segmentor, beta, confidence))
@@ -182,16 +186,9 @@ def info() -> None:
 def _classes(text: str, file: Path | None) -> list[list[str]]:
     if bool(text.strip()) == (file is not None):
         raise InputError('pass the classes as --classes "cat; dog, puppy", or as --classes-file')
-    from fsa.text import parse_class_text
+    from fsa.text import parse_class_text, read_class_file
 
-    if file is None:
-        return parse_class_text(text)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
-        raise InputError(f"{file}: the classes cannot be read ({reason})") from None
-    return parse_class_text(";".join(lines))
+    return parse_class_text(text) if file is None else read_class_file(file)
 
 
 def _feedback(

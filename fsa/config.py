@@ -35,6 +35,8 @@ NACLIP_STD = 5.0
 _BETA_DEFAULT = 3.0
 _BETA_VIT_H = 2.3
 _BETA_MAE = 4.5
+# exp(88.7) is the largest float32; beyond it every weight would be inf / inf.
+_BETA_LARGEST = 80.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class FSAConfig:
     """How feedback self-adaptive attention is computed. The defaults are the published ones.
 
     Args:
-        beta: sharpness of the scaling S * exp(beta * S) of the kept similarities (Eq. 10).
+        beta: sharpness of the scaling S * exp(beta * S) of the kept similarities (Eq. 10); at most
+            80, where exp(beta) comes near the end of float32.
         confidence: p, the cumulative confidence up to which patches are kept, in (0, 1] (Eq. 9).
         logit_scale: what the hosts multiply the cosine of a patch and a text with.
         uniform_logit_scale: the same for the uniform-attention branch (section 4.1).
@@ -83,6 +86,7 @@ class FSAConfig:
     def __post_init__(self) -> None:
         for name in ("beta", "logit_scale", "uniform_logit_scale"):
             self._require(name, _is_finite(getattr(self, name)), "a finite number")
+        self._require("beta", self.beta <= _BETA_LARGEST, f"at most {_BETA_LARGEST:g}")
         for name in ("confidence", "ratio"):
             value = getattr(self, name)
             self._require(name, _is_finite(value) and 0 < value <= 1, "a number in (0, 1]")

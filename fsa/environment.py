@@ -36,7 +36,10 @@ def report() -> str:
             fsa.explain(device=device, dtype=dtype, backend="triton")
         except InputError as error:
             lines.append(f"{'':<12} {error}")
-    state = "as shipped" if tiny.checksum_holds() else "DAMAGED: reinstall fsa-kernels"
+    try:
+        state = "as shipped" if tiny.checksum_holds() else "DAMAGED: reinstall fsa-kernels"
+    except OSError:
+        state = "MISSING: reinstall fsa-kernels"
     lines += [
         "",
         f"tiny         embedded model, {state}",

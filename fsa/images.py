@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import stat
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,14 @@ MAX_PIXELS = 100_000_000
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
+# Read whatever the file is called. Formats of Pillow's that run other programs or hold more than
+# pictures (EPS, PDF, ...) are left out: a file may come from anywhere.
+_FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+
+
+_pillow_limit = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -43,9 +53,12 @@ def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Picture:
         source: a path; a PIL image; an array (H,W), (H,W,1), (H,W,3) or (H,W,4); or a tensor
             (H,W), (1,H,W), (3,H,W) or (4,H,W). Arrays and tensors hold uint8, uint16, or floats in
             [0, 1].
-        max_pixels: pictures with more are refused.
+        max_pixels: pictures with more are refused, files before they are decoded. It takes the
+            place of Pillow's own limit.
 
-    EXIF orientation is applied; transparency is laid over white; 16 bits become 8.
+    What a file holds decides how it is read, not what it is called: PNG, JPEG, JPEG 2000, WebP,
+    BMP, TIFF, GIF (the first frame) and PPM. EXIF orientation is applied; transparency is laid
+    over white; 16 bits become 8.
 
     Raises:
         InputError: a file or a value that is no picture; the message names it.
@@ -56,7 +69,9 @@ def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Picture:
     if isinstance(source, Picture):
         return source
     if isinstance(source, Image.Image):
-        return Picture(_from_pillow(source, "the picture", max_pixels), "picture")
+        # Pillow reads a file only now that its pixels are asked for.
+        with _refusals("the picture"):
+            return Picture(_from_pillow(source, "the picture", max_pixels), "picture")
     if isinstance(source, Tensor):
         array = source.detach().cpu()
         if array.ndim == 3 and array.shape[0] in (1, 3, 4):
@@ -87,16 +102,19 @@ def list_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """
     files: list[Path] = []
     for source in map(Path, sources):
-        if not source.is_dir():
-            if not source.exists():
-                raise InputError(f"{source}: no such file or directory")
+        if not stat.S_ISDIR(_mode(source)):
             files.append(source)
             continue
-        found = sorted(
-            path
-            for path in source.iterdir()
-            if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
-        )
+        try:
+            found = sorted(
+                path
+                for path in source.iterdir()
+                if path.suffix.lower() in EXTENSIONS
+                and not path.name.startswith(".")
+                and path.is_file()
+            )
+        except OSError as error:
+            raise InputError(f"{source}: cannot be listed ({error.strerror})") from None
         if not found:
             raise InputError(f"{source}: the directory holds no pictures ({', '.join(EXTENSIONS)})")
         files.extend(found)
@@ -104,23 +122,54 @@ def list_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 
 def _from_file(path: Path, max_pixels: int) -> Tensor:
-    if path.is_dir():
+    mode = _mode(path)
+    if stat.S_ISDIR(mode):
         raise InputError(f"{path}: this is a directory, not a picture")
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
+    if not stat.S_ISREG(mode):
+        # A pipe may never end, and a device has no end.
+        raise InputError(f"{path}: this is a pipe or a device, not a file")
+    with _refusals(str(path)), _opened(path) as image:
+        return _from_pillow(image, str(path), max_pixels)
+
+
+def _mode(path: Path) -> int:
+    """What kind of file a path names, as `stat` tells it."""
     try:
-        with Image.open(path) as opened:
-            return _from_pillow(opened, str(path), max_pixels)
+        return path.stat().st_mode
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file or directory") from None
+    # ValueError: a name with a null character.
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{str(path)!r}: cannot be opened ({reason})") from None
+
+
+def _opened(path: Path) -> Image.Image:
+    """A picture of which only the header was read, whatever size it claims to have.
+
+    Pillow's limit, which would warn or refuse before ours is looked at, is one for the process.
+    """
+    with _pillow_limit:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(path, formats=_FORMATS)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextmanager
+def _refusals(name: str) -> Iterator[None]:
+    """Says in words what Pillow raises for files that are truncated, malformed or no pictures."""
+    try:
+        yield
     except InputError:
         raise
     except UnidentifiedImageError:
-        raise InputError(f"{path}: not a picture in a format that Pillow reads") from None
-    except Image.DecompressionBombError:
-        raise InputError(_too_large(str(path), max_pixels)) from None
-    # Pillow's decoders raise these, and more of their own, for truncated and malformed files.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(f"{path}: the picture cannot be read ({reason})") from None
+        raise InputError(f"{name}: not a picture in a format that is read") from None
+    # Its decoders raise almost anything: OSError, SyntaxError, struct.error, zlib.error, ...
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise InputError(f"{name}: the picture cannot be read ({reason})") from None
 
 
 def _from_pillow(image: Image.Image, name: str, max_pixels: int) -> Tensor:
@@ -182,9 +231,8 @@ def _to_tensor(rgb: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1).contiguous()
 
 
-def _too_large(name: str, max_pixels: int, size: tuple[int, ...] | None = None) -> str:
-    of_size = f" of {size[0]} x {size[1]}" if size else ""
+def _too_large(name: str, max_pixels: int, size: tuple[int, ...]) -> str:
     return (
-        f"{name}: the picture{of_size} has more than {max_pixels / 1e6:g} megapixels; "
-        "make it smaller first"
+        f"{name}: the picture of {size[0]} x {size[1]} has more than {max_pixels / 1e6:g} "
+        "megapixels; make it smaller first"
     )

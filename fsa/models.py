@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import difflib
 import logging
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import open_clip
 import torch
+from huggingface_hub import constants as hub
+from huggingface_hub.utils import get_session
 from open_clip.factory import load_checkpoint
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 from torch import Tensor, nn
@@ -31,6 +34,10 @@ _DEFAULT_TAGS = {
 _CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _MISMATCHES_NAMED = 3
+# Of the first answer, from a hub that is slow but there. Downloads themselves may take any time.
+_HUB_ANSWERS_WITHIN_S = 10.0
+
+_hub_mode = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -160,6 +167,34 @@ def unavailable(what: str, source: str, how: str) -> ModelUnavailableError:
     )
 
 
+@contextmanager
+def hub_if_reachable() -> Iterator[None]:
+    """Around whatever may download: asks once whether the hub answers, else uses the cache alone.
+
+    The hub's client tries every file again and again, close to a minute, before it gives up.
+    """
+    if hub.HF_HUB_OFFLINE or _hub_answers():
+        yield
+        return
+    with _hub_mode:
+        hub.HF_HUB_OFFLINE = True
+        try:
+            yield
+        finally:
+            hub.HF_HUB_OFFLINE = False
+
+
+def _hub_answers() -> bool:
+    """Whether the hub, or the mirror in its place, answers at all, be it with an error."""
+    # The client knows of proxies and certificates.
+    try:
+        get_session().head(hub.ENDPOINT, timeout=_HUB_ANSWERS_WITHIN_S)
+    # Its HTTP library has many kinds of errors, and changed from one version to the next.
+    except Exception:
+        return False
+    return True
+
+
 def _load_tiny(pretrained: str | None, device: torch.device, dtype: torch.dtype) -> LoadedModel:
     if pretrained is not None:
         raise InputError(
@@ -205,7 +240,7 @@ def _weights(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[
 def _download(name: str, tag: str, cache_dir: str | None) -> Path:
     settings = get_pretrained_cfg(name, tag)
     try:
-        with _quiet():
+        with _quiet(), hub_if_reachable():
             file = download_pretrained(settings, cache_dir=cache_dir)
     # The hub's client, its HTTP library and open_clip raise many kinds of errors here.
     except Exception:
@@ -255,8 +290,9 @@ def _is_torchscript(file: Path) -> bool:
 
 
 def _tokenizer(name: str, cache_dir: str | None) -> Any:
+    from_hub = "hf_tokenizer_name" in open_clip.get_model_config(name)["text_cfg"]
     try:
-        with _quiet():
+        with _quiet(), hub_if_reachable() if from_hub else nullcontext():
             return open_clip.get_tokenizer(name, cache_dir=cache_dir)
     # Tokenizers of some models come from the hub, with its many kinds of errors.
     except Exception:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils import _pytree
 import fsa_kernels
 from fsa import torch_backend
 from fsa.config import PROXY_GAIN, PROXY_SHIFT, FSAConfig
-from fsa.errors import InputError
+from fsa.errors import InputError, named_out_of_memory
 from fsa_kernels import launch
 
 BACKENDS = ("auto", "triton", "torch")
@@ -66,6 +67,7 @@ def feedback_attention(
         InputError: wrong ranks, shapes, types, devices, backend; an input that requires grad
             while gradients are enabled; NaN or inf on the CPU. On a GPU, where looking would
             synchronise, a patch with such logits gets a row of NaN and no other row keeps it.
+        OutOfMemoryError: the result or the work on it does not fit.
     """
     config = _checked_config(config)
     _check_logits(patch_logits, uniform_logits)
@@ -108,7 +110,8 @@ def adapt(
         not repeated per head.
 
     Raises:
-        InputError: as `feedback_attention`.
+        InputError: as `feedback_attention`. On a GPU, NaN and inf spread as in any product.
+        OutOfMemoryError: the result or the work on it does not fit.
     """
     config = _checked_config(config)
     _check_tensor("value", value, "(B, H, N, d)")
@@ -123,7 +126,12 @@ def adapt(
             value, feedback, attention, attended, ",".join(config.adaptations)
         )
     return _adapt_by(
-        partial(torch_backend.rows_times, feedback), value, attention, attended, config
+        partial(torch_backend.rows_times, feedback),
+        value,
+        attention,
+        attended,
+        config,
+        feedback=feedback,
     )
 
 
@@ -179,9 +187,11 @@ def feedback_step(
             patch_logits, uniform_logits, columns, *_op_options(config), chosen.backend
         )
 
+    inputs = {}
     if isinstance(attention, Tensor):
+        inputs["attention"] = attention
         attention = torch_backend.attention_applier(attention)
-    return _adapt_by(apply_feedback, value, attention, attended, config)
+    return _adapt_by(apply_feedback, value, attention, attended, config, **inputs)
 
 
 def _adapt_by(
@@ -190,17 +200,25 @@ def _adapt_by(
     attention: Callable[[Tensor], Tensor] | None,
     attended: Tensor | None,
     config: FSAConfig,
+    **inputs: Tensor,
 ) -> Tensor:
-    """`adapt` with both attentions given as what applies them; None is the identity."""
+    """`adapt` with both attentions given as what applies them; None is the identity.
+
+    `inputs` are looked at for what is not finite, besides the values.
+    """
     if attention is None:
-        return torch_backend.adapt(value, apply_feedback, _identity, None, ("only",))
-    return torch_backend.adapt(
-        value,
-        apply_feedback,
-        lambda x: attention(x.to(value.dtype)),
-        attended,
-        config.adaptations,
-    )
+        adapted = torch_backend.adapt(value, apply_feedback, _identity, None, ("only",))
+    else:
+        adapted = torch_backend.adapt(
+            value,
+            apply_feedback,
+            lambda x: attention(x.to(value.dtype)),
+            attended,
+            config.adaptations,
+        )
+    if not torch.compiler.is_compiling():
+        _check_finite_product(adapted, {"value": value, "attended": attended, **inputs})
+    return adapted
 
 
 def _identity(values: Tensor) -> Tensor:
@@ -231,7 +249,8 @@ def proxy_attention(
         (B,N,D) in the type of `value`. No N x N matrix is kept.
 
     Raises:
-        InputError: as `feedback_attention`.
+        InputError: as `feedback_attention`. On a GPU, NaN and inf make their own image NaN.
+        OutOfMemoryError: the result or the work on it does not fit.
     """
     _check_tensor("features", features, "(B, N, F)")
     _check_tensor("value", value, "(B, N, D)")
@@ -437,6 +456,19 @@ def _check_finite(name: str, tensor: Tensor) -> None:
         raise InputError(f"{name} holds NaN or inf")
 
 
+def _check_finite_product(result: Tensor, inputs: dict[str, Tensor | None]) -> None:
+    """The same for products, whose inputs are large: NaN and inf show in the small result."""
+    if result.device.type == "cpu" and not bool(result.isfinite().all()):
+        for name, tensor in inputs.items():
+            if tensor is not None:
+                _check_finite(name, tensor)
+
+
+def _out_of_memory(what: str, of: Tensor) -> AbstractContextManager[None]:
+    sizes = f"{what} for an input of shape {tuple(of.shape)} on {of.device}"
+    return named_out_of_memory(sizes, "take fewer images at once, or fewer patches")
+
+
 # --------------------------------------------------------------------------------------------------
 # Registration with torch.library and torch.export
 
@@ -491,7 +523,8 @@ def _feedback_attention(patch_logits, uniform_logits, *arguments):
     *options, dtype, backend = arguments
     options = _checked_options(patch_logits, uniform_logits, options, backend)
     module = fsa_kernels if backend == "triton" else torch_backend
-    return module.feedback_attention(patch_logits, uniform_logits, dtype=dtype, **options)
+    with _out_of_memory("feedback attention", patch_logits):
+        return module.feedback_attention(patch_logits, uniform_logits, dtype=dtype, **options)
 
 
 @_feedback_attention.register_fake
@@ -514,7 +547,8 @@ def _apply_feedback(patch_logits, uniform_logits, columns, *arguments):
     *options, backend = arguments
     options = _checked_options(patch_logits, uniform_logits, options, backend)
     module = fsa_kernels if backend == "triton" else torch_backend
-    return module.apply_feedback(patch_logits, uniform_logits, columns, **options)
+    with _out_of_memory("applied feedback attention", patch_logits):
+        return module.apply_feedback(patch_logits, uniform_logits, columns, **options)
 
 
 @_apply_feedback.register_fake
@@ -531,10 +565,13 @@ def _(patch_logits, uniform_logits, columns, *_):
 def _adapt(value, feedback, attention, attended, adaptations):
     apply_attention = torch_backend.attention_applier(attention)
     apply_feedback = partial(torch_backend.rows_times, feedback)
-    adapted = torch_backend.adapt(
-        value, apply_feedback, apply_attention, attended, tuple(adaptations.split(","))
-    )
-    return adapted.contiguous()
+    with _out_of_memory("adapted values", value):
+        adapted = torch_backend.adapt(
+            value, apply_feedback, apply_attention, attended, tuple(adaptations.split(","))
+        ).contiguous()
+    inputs = {"value": value, "feedback": feedback, "attention": attention, "attended": attended}
+    _check_finite_product(adapted, inputs)
+    return adapted
 
 
 @_adapt.register_fake
@@ -548,10 +585,12 @@ def _(value, *_):
     schema="(Tensor features, Tensor value, float shift, float gain, str backend) -> Tensor",
 )
 def _proxy_attention(features, value, shift, gain, backend):
+    op = fsa_kernels.proxy_attention if backend == "triton" else torch_backend.proxy_attention
     _check_finite("features", features)
-    if backend == "triton":
-        return fsa_kernels.proxy_attention(features, value, shift=shift, gain=gain)
-    return torch_backend.proxy_attention(features, value, shift=shift, gain=gain)
+    with _out_of_memory("attended values", value):
+        attended = op(features, value, shift=shift, gain=gain)
+    _check_finite_product(attended, {"value": value})
+    return attended
 
 
 @_proxy_attention.register_fake

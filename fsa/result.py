@@ -64,6 +64,9 @@ class Segmentation:
     def save(self, directory: str | os.PathLike[str], stem: str | None = None) -> dict[str, Path]:
         """Writes STEM-labels.png, STEM-overlay.png and STEM.json.
 
+        The JSON holds the picture's name and its size in pixels, the class names, their areas and
+        the settings.
+
         Args:
             directory: made if it is not there.
             stem: default the picture's name; what could leave the directory is replaced.
@@ -76,7 +79,9 @@ class Segmentation:
         """
         folder = Path(directory)
         stem = safe_stem(self.picture.name if stem is None else stem)
+        height, width = self.labels.shape
         record = {
+            "picture": {"name": self.picture.name, "width": width, "height": height},
             "classes": self.class_names,
             "areas": self.areas(),
             "settings": self.settings,

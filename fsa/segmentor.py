@@ -15,11 +15,11 @@ from torch.nn import functional
 import fsa
 from fsa import hosts, windows
 from fsa.config import SEGMENTATION_SCALE, FSAConfig
-from fsa.errors import InputError
+from fsa.errors import InputError, named_out_of_memory
 from fsa.images import Picture, read_image
 from fsa.models import TINY, LoadedModel, load_model
 from fsa.result import Segmentation
-from fsa.text import Classes, TextEncoder, TextQueries
+from fsa.text import Classes, TextEncoder, TextQueries, parse_classes
 from fsa.transformers_models import from_transformers
 from fsa.vfm import LAYER, VFM, load_vfm
 
@@ -84,14 +84,8 @@ def load_segmentor(
         InputError: an argument that is not accepted.
         ModelUnavailableError: weights that are not there or cannot be fetched.
     """
-    needs_vfm = hosts.host_class(host).needs_vfm
     name = _host_name(host)
-    if vfm is not None and not needs_vfm:
-        raise InputError(f"vfm was given, but host {name!r} takes none; it is for 'proxyclip'")
-    if vfm_pretrained is not None and not needs_vfm:
-        raise InputError(
-            f"vfm_pretrained was given, but host {name!r} takes no vfm; it is for 'proxyclip'"
-        )
+    _check_vfm(host, vfm, vfm_pretrained)
     if isinstance(model, str):
         if processor is not None:
             raise InputError(
@@ -108,7 +102,7 @@ def load_segmentor(
         loaded = from_transformers(model, processor, device=device, dtype=dtype)
     built = hosts.build(host, loaded.model.visual, backend=backend)
     proxy = None
-    if needs_vfm:
+    if built.needs_vfm:
         proxy = load_vfm(
             vfm if vfm is not None else (LAYER if loaded.name == TINY else _DEFAULT_VFM),
             tower=built.tower,
@@ -159,14 +153,22 @@ class Segmentor:
         host: str | hosts.ReadOutFunction,
         *,
         vfm: str | Callable[[Tensor], Tensor] | None = None,
+        vfm_pretrained: bool | str | None = None,
+        cache_dir: str | None = None,
     ) -> Segmentor:
         """The same CLIP model under another host; feedback=True stays the published one there.
 
         Args:
             host: as in `load_segmentor`.
             vfm: for "proxyclip": as in `load_segmentor`; default "layer".
+            vfm_pretrained: weights of the vfm; see `fsa.vfm.load_vfm`.
+            cache_dir: where downloaded weights are kept.
+
+        Raises:
+            InputError, ModelUnavailableError: as `load_segmentor`.
         """
         name = _host_name(host)
+        _check_vfm(host, vfm, vfm_pretrained)
         built = hosts.build(host, self.loaded.model.visual, backend=self.host.backend)
         proxy = None
         if built.needs_vfm:
@@ -175,9 +177,9 @@ class Segmentor:
                 tower=built.tower,
                 mean=self.loaded.mean,
                 std=self.loaded.std,
+                pretrained=vfm_pretrained,
+                cache_dir=cache_dir,
             )
-        elif vfm is not None:
-            raise InputError(f"vfm was given, but host {name!r} takes none; it is for 'proxyclip'")
         return Segmentor(name, built, self.loaded, self._text, proxy, self._feedback)
 
     def segment(
@@ -204,22 +206,26 @@ class Segmentor:
             short_side: to which the picture is resized first; default 336, and 280 for the
                 embedded model.
             prob_thd: pixels whose best class has a lower probability become background.
-            background: what they become: a class by name or number, or another name, which is
-                added as a last class; default a class "background" if there is one, else added.
+            background: what they become: a class by number or by any of its names, or another
+                name, which is added as a last class; default a class "background" if there is
+                one, else added.
             window_batch: how many windows are computed at once; no influence on the result.
             progress: called with (windows done, windows in all).
 
         Raises:
             InputError: a picture or an argument that is not accepted.
+            OutOfMemoryError: a working size or a batch of windows that does not fit.
         """
         start = time.perf_counter()
         sizes = self._sizes(window, stride, short_side)
         if isinstance(window_batch, bool) or not isinstance(window_batch, int) or window_batch < 1:
             raise InputError(f"window_batch={window_batch!r} must be an integer >= 1")
         picture = read_image(image)
+        names, background_index = _background(parse_classes(classes), prob_thd, background)
         queries = self._text.encode(classes)
-        names, background_index = _background(queries.names, prob_thd, background)
-        with torch.inference_mode():
+        what = f"windows of {sizes.window} pixels, {window_batch} at once, on {self.loaded.device}"
+        advice = "lower window_batch, window or short_side"
+        with torch.inference_mode(), named_out_of_memory(what, advice):
             cosines = self._merged_cosines(picture, queries, sizes, window_batch, progress)
             labels = label_map(
                 cosines, queries, tuple(picture.rgb.shape[-2:]), prob_thd, background_index
@@ -361,6 +367,22 @@ def _host_name(host: str | hosts.ReadOutFunction) -> str:
     return host if isinstance(host, str) else getattr(host, "__name__", type(host).__name__)
 
 
+def _check_vfm(
+    host: str | hosts.ReadOutFunction,
+    vfm: str | Callable[[Tensor], Tensor] | None,
+    vfm_pretrained: bool | str | None,
+) -> None:
+    if hosts.host_class(host).needs_vfm:
+        return
+    name = _host_name(host)
+    if vfm is not None:
+        raise InputError(f"vfm was given, but host {name!r} takes none; it is for 'proxyclip'")
+    if vfm_pretrained is not None:
+        raise InputError(
+            f"vfm_pretrained was given, but host {name!r} takes no vfm; it is for 'proxyclip'"
+        )
+
+
 def _resolve_feedback(feedback: bool | FSAConfig, vfm: VFM | None, model: str) -> FSAConfig | None:
     if isinstance(feedback, FSAConfig):
         return feedback
@@ -372,9 +394,10 @@ def _resolve_feedback(feedback: bool | FSAConfig, vfm: VFM | None, model: str) -
 
 
 def _background(
-    names: tuple[str, ...], prob_thd: float, background: str | int | None
+    classes: tuple[tuple[str, ...], ...], prob_thd: float, background: str | int | None
 ) -> tuple[tuple[str, ...], int | None]:
-    """The names with the background among them, and its index; None where there is none."""
+    """The classes' names with the background among them, and its index or None for none."""
+    names = tuple(synonyms[0] for synonyms in classes)
     if (
         isinstance(prob_thd, bool)
         or not isinstance(prob_thd, (int, float))
@@ -388,11 +411,14 @@ def _background(
             )
         index = background
     elif background is None or (isinstance(background, str) and background.strip()):
-        name = (background or _BACKGROUND).strip()
-        folded = [known.casefold() for known in names]
-        if name.casefold() in folded:
-            index = folded.index(name.casefold())
-        else:
+        name = " ".join((background or _BACKGROUND).split())
+        known = {
+            synonym.casefold(): number
+            for number, synonyms in enumerate(classes)
+            for synonym in synonyms
+        }
+        index = known.get(name.casefold())
+        if index is None:
             index = len(names)
             if prob_thd > 0:
                 names = (*names, name)

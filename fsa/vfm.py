@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fsa.errors import InputError, ModelUnavailableError
-from fsa.models import unavailable
+from fsa.models import hub_if_reachable, unavailable
 from fsa.vision import Tower
 
 LAYER = "layer"
@@ -203,9 +204,10 @@ def _create(
     options = {} if known.side is not None else {"dynamic_img_size": True}
     fetch = pretrained is None or pretrained is True
     try:
-        model = timm.create_model(
-            known.timm_name, pretrained=fetch, num_classes=0, cache_dir=cache_dir, **options
-        )
+        with hub_if_reachable() if fetch else nullcontext():
+            model = timm.create_model(
+                known.timm_name, pretrained=fetch, num_classes=0, cache_dir=cache_dir, **options
+            )
     # The hub's client and its HTTP library raise many kinds of errors here.
     except Exception:
         if not fetch:
@@ -229,6 +231,7 @@ def _load_file(model: nn.Module, file: Path, timm_name: str) -> None:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
             state = state.get("state_dict", state.get("model", state))
+        state = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     # Whatever a broken or hostile file makes the readers raise; nothing in it was executed.
     except (SafetensorError, Exception):
         raise InputError(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import colorsys
+import contextlib
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, without the black.
+from fsa.errors import InputError
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, with grey for their black,
+# which is lost on a picture's shadows.
 _FIRST_COLOURS = (
     (230, 159, 0),
     (86, 180, 233),
@@ -18,17 +24,40 @@ _FIRST_COLOURS = (
     (0, 114, 178),
     (213, 94, 0),
     (204, 121, 167),
+    (153, 153, 153),
 )
 _GOLDEN_TURN = 0.618033988749895
 _INK = (25, 25, 25)
 _PAPER = (255, 255, 255)
 _GAP = 10
+# Pixels painted at once: the working arrays stay near 50 MB whatever the picture's size.
+_STRIP_PIXELS = 1 << 21
+_BORDER_LIGHT = 0.35
+# Lower pictures get a canvas of this height, or the legend would run far to their right.
+_LEGEND_HEIGHT = 360
+_LONGEST_LEGEND_NAME = 40
+# Pillow's own font may hold nothing beyond Latin. Looked for where the system keeps its fonts.
+_FONT_FILES = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansDevanagari-Regular.ttf",
+    "NotoSansThai-Regular.ttf",
+    "Arial Unicode.ttf",
+    "PingFang.ttc",
+    "segoeui.ttf",
+    "msyh.ttc",
+    "malgun.ttf",
+    "Nirmala.ttf",
+)
+# No character, so every font draws its sign for what is missing.
+_MISSING = "\uffff"
 
 
 def palette(count: int) -> np.ndarray:
     """(count,3) uint8 colours, the same for the same index whatever the count.
 
-    The first seven are safe for colour-blind readers; later ones turn around the colour wheel in
+    The first eight are safe for colour-blind readers; later ones turn around the colour wheel in
     three depths.
     """
     colours = list(_FIRST_COLOURS[:count])
@@ -47,16 +76,34 @@ def paint(rgb: np.ndarray, labels: np.ndarray, count: int, alpha: float = 0.55) 
         labels: (H,W) integers; those outside of 0 to count - 1 are left untinted.
         count: number of classes.
         alpha: how much of the colour, in [0, 1].
+
+    Returns:
+        (H,W,3) uint8.
+
+    Raises:
+        InputError: alpha is no number from 0 to 1.
     """
-    known = (labels >= 0) & (labels < count)
-    colours = palette(count)[np.where(known, labels, 0)]
-    weight = (alpha * known)[..., None]
-    painted = rgb * (1 - weight) + colours * weight
-    border = np.zeros(labels.shape, dtype=bool)
-    border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    border[1:] |= labels[1:] != labels[:-1]
-    painted[border] = painted[border] * 0.35
-    return painted.round().astype(np.uint8)
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+        raise InputError(f"alpha={alpha!r} must be a number from 0 to 1")
+    # The last row is black and weighs nothing: the label of what is left untinted.
+    colours = np.vstack([palette(count), np.zeros((1, 3), np.uint8)]).astype(np.float32) * alpha
+    remaining = np.full((count + 1, 1), 1 - alpha, np.float32)
+    remaining[count] = 1
+    painted = np.empty_like(rgb)
+    height, width = labels.shape
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        strip = slice(top, min(top + rows, height))
+        inside = labels[strip]
+        index = np.where((inside >= 0) & (inside < count), inside, count)
+        tinted = rgb[strip] * remaining[index] + colours[index]
+        border = np.zeros(inside.shape, dtype=bool)
+        border[:, 1:] = inside[:, 1:] != inside[:, :-1]
+        above = labels[max(top - 1, 0) : strip.stop - 1]
+        border[len(inside) - len(above) :] |= inside[len(inside) - len(above) :] != above
+        tinted[border] *= _BORDER_LIGHT
+        painted[strip] = tinted.round()
+    return painted
 
 
 def overlay(
@@ -67,23 +114,37 @@ def overlay(
     alpha: float = 0.55,
     legend: bool = True,
 ) -> Image.Image:
-    """A picture tinted by its labels, with the present classes and their shares beside it."""
+    """A picture tinted by its labels, with the present classes and their shares beside it.
+
+    Args:
+        rgb, labels, alpha: as `paint` takes them.
+        names: of the classes.
+        legend: False leaves the tinted picture alone.
+
+    Raises:
+        InputError: as `paint`.
+    """
     painted = Image.fromarray(paint(rgb, labels, len(names), alpha))
     return beside_legend(painted, labels, names) if legend else painted
 
 
 def beside_legend(picture: Image.Image, labels: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """A picture with a legend to its right: the classes in `labels`, largest first."""
+    """A picture with a legend to its right: the classes in `labels`, largest first.
+
+    A name that no font at hand can write stands as "class 3", its number.
+    """
     counts = np.bincount(labels[labels >= 0].ravel(), minlength=len(names))[: len(names)]
     order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i] > 0]
     size = int(np.clip(min(picture.size) / 22, 12, 40))
-    font = ImageFont.load_default(size)
-    lines = [f"{names[i]}  {_percent(counts[i] / labels.size)}" for i in order]
+    lines = []
+    for i in order:
+        name, font = _legible(names[i], f"class {i}", size)
+        lines.append((f"{name}  {_percent(counts[i] / labels.size)}", font))
     row = round(size * 1.5)
-    height = max(picture.height, row + 2 * _GAP)
-    per_column = max(1, (height - 2 * _GAP) // row)
+    per_column = max(1, (max(picture.height, _LEGEND_HEIGHT) - 2 * _GAP) // row)
     columns = [lines[start : start + per_column] for start in range(0, len(lines), per_column)]
-    widths = [max(font.getlength(line) for line in column) + 2.2 * row for column in columns]
+    height = max(picture.height, min(len(lines), per_column) * row + 2 * _GAP)
+    widths = [max(font.getlength(line) for line, font in column) + 2.2 * row for column in columns]
 
     width = picture.width + (round(sum(widths)) + _GAP if columns else 0)
     canvas = Image.new("RGB", (width, height), _PAPER)
@@ -92,7 +153,7 @@ def beside_legend(picture: Image.Image, labels: np.ndarray, names: Sequence[str]
     colours = palette(len(names))
     left = picture.width + _GAP
     for number, column in enumerate(columns):
-        for position, line in enumerate(column):
+        for position, (line, font) in enumerate(column):
             top = _GAP + position * row
             colour = tuple(int(c) for c in colours[order[number * per_column + position]])
             draw.rectangle((left, top, left + size, top + size), fill=colour, outline=_INK)
@@ -100,6 +161,45 @@ def beside_legend(picture: Image.Image, labels: np.ndarray, names: Sequence[str]
             draw.text(anchor, line, font=font, fill=_INK, anchor="lm")
         left += round(widths[number])
     return canvas
+
+
+def _legible(
+    name: str, otherwise: str, size: int
+) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
+    """A name, shortened, if need be without accents, in a font that has it; else the other name."""
+    if len(name) > _LONGEST_LEGEND_NAME:
+        name = name[: _LONGEST_LEGEND_NAME - 1].rstrip() + "…"
+    decomposed = unicodedata.normalize("NFKD", name)
+    unaccented = "".join(letter for letter in decomposed if not unicodedata.combining(letter))
+    for spelling in (name, unaccented):
+        for font in _fonts(size):
+            if not _missing(spelling, font):
+                return spelling, font
+    return otherwise, _fonts(size)[0]
+
+
+@lru_cache(maxsize=64)
+def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, ...]:
+    """Pillow's own font and those of the system that are there, in one size."""
+    found = [ImageFont.load_default(size)]
+    for file in _FONT_FILES:
+        # A Pillow without FreeType raises ImportError.
+        with contextlib.suppress(OSError, ImportError):
+            found.append(ImageFont.truetype(file, size))
+    return tuple(found)
+
+
+def _missing(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> bool:
+    """Whether a font lacks a character of a name."""
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        return not name.isascii()
+    blank = _drawn(_MISSING, font)
+    return any(_drawn(letter, font) == blank for letter in set(name) if not letter.isspace())
+
+
+def _drawn(letter: str, font: ImageFont.FreeTypeFont) -> tuple[tuple[int, int], bytes]:
+    mask = font.getmask(letter)
+    return mask.size, bytes(mask)
 
 
 def _percent(share: float) -> str:

@@ -5,7 +5,20 @@ from __future__ import annotations
 import os
 
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     # Read when the kernels are first imported, so it must be set before any test is.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples on every run, so that a change is judged by what it changes; for others and
+# more of them: pytest --hypothesis-profile=explore
+settings.register_profile(
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("explore", deadline=None, max_examples=500)
+settings.load_profile("repeatable")
