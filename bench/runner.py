@@ -26,9 +26,9 @@ import torch
 import fsa
 from bench import numerics, registry
 from bench.contenders import is_ours
+from bench.results_data import RESULTS
 from bench.worker import Job, Worker
 
-RESULTS = Path(__file__).parent / "results"
 ONLY = ("op", "step", "host", "picture", "memory", "numerics")
 
 # Seconds without news of a contender, and beyond the budget, after which it is given up.
