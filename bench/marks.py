@@ -38,8 +38,9 @@ class Mark:
 
     @property
     def verdict(self) -> str:
+        """Whether the promise is kept; empty where nothing was measured."""
         if self.value is None:
-            return "not measured"
+            return ""
         kept = self.value >= self.limit if self.at_least else self.value <= self.limit
         return "met" if kept else "NOT MET"
 

@@ -68,18 +68,17 @@ def host_table(record: Record | None, figure: str = "series") -> str:
     if not rows:
         return NOT_MEASURED
     time = partial(data.median, figure=figure)
-    lines = []
-    for row in rows:
-        lines.append(
-            [
-                row["name"],
-                *(_time_cell(row, name, figure) for name in _MODES),
-                _number(data.overhead(row, "published", time), "%"),
-                _number(data.overhead(row, "fsa", time), "%"),
-                _number(overhead(row["host"], row["backbone"]), "%"),
-                _number(data.ratio(time(row, "published off"), time(row, "fsa on")), "×"),
-            ]
-        )
+    lines = [
+        [
+            row["name"],
+            *(_time_cell(row, name, figure) for name in _MODES),
+            _number(data.overhead(row, "published", time), "%"),
+            _number(data.overhead(row, "fsa", time), "%"),
+            _number(overhead(row["host"], row["backbone"]), "%"),
+            _number(data.ratio(time(row, "published off"), time(row, "fsa on")), "×"),
+        ]
+        for row in rows
+    ]
     header = [
         "host",
         "published",
