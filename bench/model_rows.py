@@ -242,13 +242,17 @@ def tower(backbone: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
 @lru_cache(maxsize=1)
 def dino(visual: nn.Module) -> VFM:
     """DINO ViT-B/8 with random weights, of the tower's type and on its device."""
-    return load_vfm(
+    vfm = load_vfm(
         "dino",
         tower=Tower(visual),
         mean=open_clip.OPENAI_DATASET_MEAN,
         std=open_clip.OPENAI_DATASET_STD,
         pretrained=False,
     )
+    # Without this, random weights make all patches alike, so that none passes the affinity's
+    # threshold and the published attention is NaN.
+    nn.init.normal_(vfm.model.pos_embed)
+    return vfm
 
 
 @lru_cache(maxsize=1)

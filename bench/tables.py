@@ -219,6 +219,8 @@ def _cell(row: Record, name: str, key: str, text: Callable[..., str]) -> str:
         return text(entry[key])
     if "does_not_fit" in entry:
         return "does not fit"
+    if "not_finished" in entry:
+        return NOT_MEASURED
     return "failed" if "error" in entry else "-"
 
 

@@ -22,6 +22,9 @@ from bench.rows import OpRow, make_inputs
 
 MEASURES = ("time", "numerics", "memory")
 
+# A process has to import everything and to wake the GPU first.
+_START_SECONDS = 180.0
+
 
 @dataclass(frozen=True)
 class Job:
@@ -186,16 +189,20 @@ class Worker:
         connection = self._started()
         connection.send((job, skip))
         contender = None
+        patience = _START_SECONDS
         while True:
-            wait = min(self._patience, deadline - time.monotonic())
-            if not connection.poll(max(wait, 0)):
-                return None, contender, {"error": f"gave no sign of life for {max(wait, 0):.0f} s"}
+            left = deadline - time.monotonic()
+            if not connection.poll(max(0, min(patience, left))):
+                if left < patience:
+                    return None, contender, {"not_finished": "the budget ended meanwhile"}
+                return None, contender, {"error": f"gave no sign of life for {patience:.0f} s"}
             try:
                 tag, content = connection.recv()
             except (EOFError, ConnectionError):
                 self._process.join()
                 code = self._process.exitcode
                 return None, contender, {"error": f"its process ended with exit code {code}"}
+            patience = self._patience
             if tag == "at":
                 contender = content
             elif tag == "lost":
@@ -231,6 +238,7 @@ def _serve(connection: Connection, device: torch.device, dtype: torch.dtype) -> 
             job, skip = connection.recv()
         except (EOFError, ConnectionError):
             return
+        connection.send(("at", None))
         try:
             done = measure(
                 job, device, dtype, skip=skip, at=lambda name: connection.send(("at", name))
