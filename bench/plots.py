@@ -26,6 +26,8 @@ _LABELS = {
     "here": "this library",
 }
 _CLASSES = 171
+# Its label would run into its neighbour's.
+_BETWEEN = 1024
 _HOST_LABELS = {
     "proxyclip": "ProxyCLIP",
     "clearclip": "ClearCLIP",
@@ -44,8 +46,9 @@ def draw(cpu: Record | None, gpu: Record | None, file: Path) -> None:
         file: PNG to write.
     """
     record = gpu or cpu
+    bars = len(_host_rows(record))
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
-        figure = Figure(figsize=(12, 5.2), layout="constrained")
+        figure = Figure(figsize=(12, 5.2 if bars <= 6 else 7.2), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
         _step(left, record)
         _overheads(right, record)
@@ -55,7 +58,7 @@ def draw(cpu: Record | None, gpu: Record | None, file: Path) -> None:
 
 def _step(axes: Axes, record: Record | None) -> None:
     """Time of the feedback step over the number of patches."""
-    axes.set_title("The feedback step, one picture, 171 classes", loc="left", weight="bold")
+    axes.set_title("The feedback step, one picture, 171 classes", loc="left", weight="bold", pad=24)
     rows = [
         row
         for row in (data.rows(record, "step") if record else [])
@@ -79,15 +82,17 @@ def _step(axes: Axes, record: Record | None) -> None:
         axes.plot(*zip(*points, strict=True), color=_COLOURS[name], marker=_MARKERS[name], lw=2)
         ends[name] = points[-1]
     axes.set(xscale="log", yscale="log", xlabel="patches N", ylabel="ms (log scale)")
-    axes.set_xticks(sizes, [str(N) for N in sizes])
+    axes.set_xticks(sizes, [str(N) if N != _BETWEEN else "" for N in sizes])
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     # Room for the labels at the ends of the lines.
     axes.set_xlim(sizes[0] / 1.1, sizes[-1] * (sizes[-1] / sizes[0]) ** 0.42 * 1.3)
-    here = data.device_time(rows[-1], _ours(record))
+    here = {row["N"]: data.device_time(row, _ours(record)) for row in rows}
     for name, (N, ms) in ends.items():
         text = _LABELS[name]
-        if name != "here" and rows[-1]["N"] == N:
-            text += f"\n{ms / here:.0f}× slower" if ms > here else f"\n{here / ms:.1f}× faster"
+        if name != "here":
+            times = ms / here[N]
+            text += f"\n{times:.0f}× the time" if times >= 10 else f"\n{times:.1f}× the time"
         axes.annotate(
             text,
             (N, ms),
@@ -104,12 +109,8 @@ def _step(axes: Axes, record: Record | None) -> None:
 
 def _overheads(axes: Axes, record: Record | None) -> None:
     """What FSA adds to whole forwards."""
-    axes.set_title("What FSA adds to a whole forward", loc="left", weight="bold")
-    rows = [
-        row
-        for row in (data.rows(record, "host") if record else [])
-        if data.overhead(row, "fsa") is not None
-    ]
+    axes.set_title("What FSA adds to a whole forward", loc="left", weight="bold", pad=24)
+    rows = _host_rows(record)
     if not rows:
         _not_measured(axes)
         return
@@ -150,7 +151,12 @@ def _overheads(axes: Axes, record: Record | None) -> None:
     ticks = [t for t in (0.1, 1, 10, 100, 1000) if t <= axes.get_xlim()[1]]
     axes.set_xticks(ticks, [f"{t:g}%" for t in ticks])
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False, **_SMALL)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 0.985), ncols=3, frameon=False, **_SMALL)
+
+
+def _host_rows(record: Record | None) -> list[Record]:
+    rows = data.rows(record, "host") if record else []
+    return [row for row in rows if data.overhead(row, "fsa") is not None]
 
 
 def _ours(record: Record) -> str:
@@ -166,7 +172,7 @@ def _caption(record: Record | None) -> str:
     if record is None:
         return "not measured"
     env = record["environment"]
-    machine = env["gpu"] or f"{env['processor']}, {env['cpu_threads']} threads (no GPU at hand)"
+    machine = env["gpu"] or f"{env['processor']}, CPU threads: {env['cpu_threads']}"
     return (
         f"{machine}, {record['dtype']}, torch {env['torch']}, commit {env['commit']}, "
         f"{env['date'][:10]}. Medians."

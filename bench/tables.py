@@ -248,7 +248,7 @@ def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def _caption(record: Record, note: str, *, times: bool = True) -> str:
     env = record["environment"]
-    machine = env["gpu"] or f"{env['processor']}, {env['cpu_threads']} threads"
+    machine = env["gpu"] or f"{env['processor']}, CPU threads: {env['cpu_threads']}"
     versions = ", ".join(
         f"{name} {env[name]}" for name in ("torch", "triton", "open_clip_torch") if env[name]
     )
@@ -270,6 +270,9 @@ def tables(cpu: Record | None, gpu: Record | None) -> dict[str, str]:
     made = {
         "paper": paper_table(),
         "marks": marks_table(gpu),
+        # On the GPU where it was measured.
+        "hosts": host_table(gpu or cpu),
+        "pictures": picture_table(gpu or cpu),
         "speed-cpu": speed_table(cpu, chosen=lambda row: row["kind"] == "step"),
         "speed-gpu": speed_table(gpu, "graph", lambda row: row["B"] == 1 and row["C"] == 171),
     }

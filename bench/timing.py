@@ -3,8 +3,9 @@
 Three figures, each the median with the 20th and the 80th percentile, in ms a call:
 
 series     calls one after another, at least 10 ms of them; on a GPU between two CUDA events
-one_call   GPU only: one call alone, from its start until the device has finished, wall clock
-graph      GPU only: the call captured in a CUDA graph and replayed, between two CUDA events: the
+one_call   GPU only, short calls: one alone, from its start until the device has finished, by the
+           wall clock
+graph      likewise: the call captured in a CUDA graph and replayed, between two CUDA events: the
            device's own work, without Python and launches; `launches` counts what the graph holds
 
 The GPU's second-level cache is not flushed between calls: a segmentor's inputs were written just
@@ -30,8 +31,8 @@ _ROUNDS, _FEWEST_ROUNDS = 15, 3
 # Time that one contender may take in all its rounds, in seconds, unless they are the fewest.
 _SECONDS = {"cuda": 0.6, "cpu": 6.0}
 _SERIES_SECONDS = 0.010
-# Above this a call's launches no longer count, and its memory is better left to the others.
-_LONGEST_GRAPH_SECONDS = 0.050
+# Above this a call's launches no longer count: its series says all.
+_LAUNCHES_COUNT_BELOW_SECONDS = 0.050
 _NEEDS_NO_WARM_UP_SECONDS = 1.0
 
 
@@ -69,15 +70,14 @@ def time_calls(
     _sample("series", alive, seconds, figures, device, _series, at)
     if device.type != "cuda":
         return figures, False
-    _sample("one_call", alive, seconds, figures, device, lambda c, _, d: _one_call(c, d), at)
+    short = {n: call for n, call in alive.items() if seconds[n] < _LAUNCHES_COUNT_BELOW_SECONDS}
+    _sample("one_call", short, seconds, figures, device, lambda c, _, d: _one_call(c, d), at)
     if not graphs:
         return figures, False
 
     captured: dict[str, Call] = {}
     failed = False
-    for name, call in alive.items():
-        if seconds[name] > _LONGEST_GRAPH_SECONDS:
-            continue
+    for name, call in short.items():
         at(name)
         try:
             captured[name], figures[name]["launches"] = capture(call, device)

@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from bench.model_rows import HostRow, PictureRow
 from bench.published_hosts import PublishedHost
 from bench.resources import hot_loop
 from bench.rows import OpRow
-from bench.worker import Job, Worker, measure
+from bench.worker import DeviceLost, Job, Worker, measure
 from fsa import FSAConfig, hosts, reference
 from tests.accuracy import MODEL_VECTORS, RELATIVE_ERROR, relative_error, vector
 
@@ -290,6 +291,79 @@ def test_what_the_budget_interrupts_is_no_failure():
         worker.stop()
     assert record["not_finished"]
     assert runner.complaints({"rows": [record]}) == []
+
+
+class StandIn:
+    """Takes the place of what `torch.cuda` offers, without a GPU."""
+
+    def __init__(self, *args, **kwargs):
+        self.time = 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1000 * (end.time - self.time)
+
+    def debug_dump(self, path):
+        nodes = (f'"graph_1_node_{i}"[label="{i}"];\n' for i in range(3))
+        Path(path).write_text("digraph dot {\n" + "".join(nodes) + "}")
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    monkeypatch.setattr(timing, "_ROUNDS", 3)
+    for name in ("Event", "CUDAGraph", "Stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, StandIn)
+    for name in ("synchronize", "empty_cache", "current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, StandIn())
+    monkeypatch.setattr(StandIn, "__call__", lambda *args: StandIn(), raising=False)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 164)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    return torch.device("cuda")
+
+
+def test_on_a_gpu_there_are_three_figures_launches_and_memory(pretended_gpu):
+    calls = {"a": lambda: torch.ones(3), "b": lambda: torch.zeros(3)}
+    figures, spoilt = timing.time_calls(calls, pretended_gpu, graphs=True)
+    assert not spoilt
+    for entry in figures.values():
+        assert {"series", "one_call", "graph", "launches"} == set(entry)
+        assert entry["launches"] == 3
+        assert entry["series"]["median"] > 0
+    assert memory.peak_extra_bytes_cuda(calls["a"], pretended_gpu) == 64
+    figures, _ = timing.time_calls(calls, pretended_gpu, graphs=False)
+    assert "graph" not in figures["a"]
+
+
+def test_a_failed_capture_is_recorded_and_retires_the_process(pretended_gpu, monkeypatch):
+    def refuse(call, device):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(timing, "capture", refuse)
+    figures, spoilt = timing.time_calls({"a": torch.ones(3).sum}, pretended_gpu, graphs=True)
+    assert spoilt
+    assert "not permitted" in figures["a"]["graph"]["error"]
+    assert figures["a"]["series"]["median"] > 0
+
+
+def test_a_lost_device_is_said_and_the_row_done_again(pretended_gpu, monkeypatch):
+    def gone(device=None):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        measure(Job(Mishaps(), ("time",)), pretended_gpu, FLOAT)
 
 
 def test_failures_and_inexactness_of_ours_are_complaints():
