@@ -1,69 +1,38 @@
 """The benchmarks.
 
 python -m bench cpu         the rows for the CPU -> bench/results/cpu.json
-python -m bench gpu         parity, then every row that fits, in under 8 minutes
+python -m bench gpu         the rows for a GPU, those that matter first, in under 8 minutes
                             -> bench/results/gpu.json
-python -m bench memory      peak extra memory of the PyTorch path
-python -m bench resources   registers, spills and shared memory of the kernels; needs no GPU
-python -m bench tables      the README's tables from the results
+python -m bench memory      peak extra memory of the PyTorch path at the promised size
+python -m bench resources   what the kernels take of a chip, and their instructions; needs no GPU
+python -m bench tables      README, results page and plots from the results
+
+python -m bench COMMAND --help says more.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import importlib
 import sys
-from pathlib import Path
 
-import torch
+# Each module's `main` is given the command line from the command's own name on.
+COMMANDS = {
+    "cpu": "bench.runner",
+    "gpu": "bench.runner",
+    "memory": "bench.memory",
+    "resources": "bench.resources",
+    "tables": "bench.tables",
+}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("what", choices=("cpu", "gpu", "memory", "resources", "tables"))
-    parser.add_argument("--out", type=Path, help="file of the results")
-    parser.add_argument("--budget", type=float, default=420, help="seconds")
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    arguments = parser.parse_args()
-    if arguments.what == "resources":
-        from bench import resources
-
-        return resources.main()
-    if arguments.what == "memory":
-        from bench import memory
-
-        return memory.main()
-    if arguments.what == "tables":
-        from bench import tables
-
-        return tables.main()
-
-    from bench import rows, runner, tables
-
-    if arguments.what == "gpu":
-        if not torch.cuda.is_available():
-            raise SystemExit("no CUDA device: `python -m bench gpu` needs one")
-        device, dtype = torch.device("cuda"), torch.float16
-        wanted = (*rows.STEP_SIZES, *rows.OP_SIZES)
-    else:
-        device, dtype = torch.device("cpu"), torch.float32
-        wanted = rows.CPU_ROWS
-    file = arguments.out or runner.RESULTS / f"{arguments.what}.json"
-    runner.run(
-        wanted,
-        file,
-        device=device,
-        dtype=dtype,
-        budget=arguments.budget,
-        compiled=not arguments.no_compile,
-    )
-    print(tables.speed_table(json.loads(file.read_text())))
-    print(f"wrote {file}")
-    return 0
+    """Runs one command."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] not in COMMANDS:
+        asked_for_help = arguments in (["-h"], ["--help"])
+        print(__doc__.strip(), file=sys.stdout if asked_for_help else sys.stderr)
+        return 0 if asked_for_help else 2
+    return importlib.import_module(COMMANDS[arguments[0]]).main(arguments)
 
 
 if __name__ == "__main__":

@@ -1,57 +1,113 @@
-"""Peak extra memory of the PyTorch path, in a process of its own."""
+"""Peak extra memory of a contender: by the allocator's count on a GPU, by the operating system's
+count of a process of its own on the CPU.
+
+python -m bench memory    the PyTorch path's peak at the promised size
+"""
 
 from __future__ import annotations
 
+import os
+import pickle
+import resource
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
-_PROBE = """
-import sys, threading, time
 import torch
-import fsa
-from fsa.config import FSAConfig
 
-N, C = int(sys.argv[1]), int(sys.argv[2])
-page = 4096
+from bench.contenders import Call, DoesNotFit, Row, release, synchronise
+from bench.rows import OpRow
 
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * page
-
-logits = torch.randn(1, N, C)
-fsa.feedback_attention(logits[:, :64], backend="torch")  # libraries load their buffers
-before = resident()
-peak, running = [before], [True]
-
-def watch():
-    while running[0]:
-        peak[0] = max(peak[0], resident())
-        time.sleep(0.001)
-
-thread = threading.Thread(target=watch)
-thread.start()
-result = fsa.feedback_attention(logits, backend="torch")
-running[0] = False
-thread.join()
-print(max(peak[0], resident()) - before)
-"""
+_ROOT = Path(__file__).parent.parent
+# Every larger block is mapped by itself and given back at once, so that what the warm-up left
+# behind does not hide what the call takes.
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def peak_extra_bytes(N: int, C: int) -> int:
-    """Bytes that `feedback_attention(backend="torch")` takes at most, its result included."""
+def peak_extra_bytes_cuda(call: Call, device: torch.device) -> int:
+    """Bytes that a warmed call takes at most, its result included."""
+    release(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    result = call()
+    synchronise(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    del result
+    return peak - before
+
+
+def peak_extra_bytes_cpu(row: Row, contender: str, dtype: torch.dtype = torch.float32) -> int:
+    """The same on the CPU, in a process of its own with warmed libraries.
+
+    Raises:
+        DoesNotFit: the contender says so.
+        RuntimeError: the process failed.
+    """
+    task = pickle.dumps((row, contender, dtype)).hex()
+    command = [sys.executable, "-m", "bench.memory", task]
     result = subprocess.run(
-        [sys.executable, "-c", _PROBE, str(N), str(C)], capture_output=True, text=True, check=True
+        command, capture_output=True, text=True, cwd=_ROOT, env={**os.environ, **_MALLOC}
     )
-    return int(result.stdout)
+    if result.returncode != 0:
+        last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        raise (DoesNotFit if "DoesNotFit" in last else RuntimeError)(
+            last.partition(": ")[2] or last
+        )
+    return int(result.stdout.split()[-1])
 
 
-def main() -> int:
+@torch.no_grad()
+def _probe(row: Row, contender: str, dtype: torch.dtype) -> int:
+    """Runs in the process of its own."""
+    device = torch.device("cpu")
+    # Libraries load their buffers.
+    row.small().contenders(device, dtype)[contender]()()
+    call = row.contenders(device, dtype)[contender]()
+    release(device)
+    before = _resident()
+    peak, running = [before], [True]
+
+    def watch() -> None:
+        while running[0]:
+            peak[0] = max(peak[0], _resident())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    result = call()
+    running[0] = False
+    thread.join()
+    taken = max(peak[0], _resident()) - before
+    del result
+    return taken
+
+
+def _resident() -> int:
+    """Bytes of this process in main memory."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        # Where there is no /proc: the highest so far, in KiB, or bytes on macOS.
+        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return highest * (1 if sys.platform == "darwin" else 1024)
+
+
+def main(arguments: Sequence[str] = ()) -> int:
     """Prints the peak at the promised size; 0 if it stays below the promise."""
     N, C = 4096, 171
     promised = 4 * N * N * 4
-    taken = peak_extra_bytes(N, C)
+    taken = peak_extra_bytes_cpu(OpRow("op", 1, N, C), "fsa torch")
     print(
         f"feedback_attention(backend='torch'), N={N}, C={C}, float32: peak extra "
         f"{taken / 2**20:.0f} MiB, result included; promised below {promised / 2**20:.0f} MiB "
         "(4 N^2 float32)"
     )
     return 0 if taken < promised else 1
+
+
+if __name__ == "__main__":
+    # Unpickles only what `peak_extra_bytes_cpu` wrote.
+    print(_probe(*pickle.loads(bytes.fromhex(sys.argv[1]))))

@@ -3,7 +3,9 @@
     python -m bench resources
 
 prints registers, spills and shared memory of every launch of the table for sm_80, sm_90 and
-sm_100, and exits with 1 where something spills or does not fit.
+sm_100, with the machine instructions of its hot loop, and exits with 1 where something spills or
+does not fit. The hot loop is the innermost loop with the most tensor-core instructions, or the most
+instructions where there are none; of a kernel without loops, the whole kernel.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,20 @@ from typing import Any
 import torch
 
 from fsa_kernels import launch
+
+# Counted in the hot loop: tensor cores; loads and stores of shared and of global memory;
+# asynchronous copies; barriers; exchanges within a warp; exponentials and reciprocals.
+_COUNTED = {
+    "MMA": r"HGMMA|HMMA|QGMMA|UTC\w*MMA",
+    "LDS": r"LDS|LDSM",
+    "STS": r"STS|STSM",
+    "LDG": r"LDG",
+    "STG": r"STG",
+    "LDGSTS": r"LDGSTS|UBLKCP|UTMALDG",
+    "BAR": r"BAR|SYNCS",
+    "SHFL": r"SHFL|REDUX",
+    "MUFU": r"MUFU",
+}
 
 # Shared memory that one program may take, in bytes.
 CHIPS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -69,6 +85,7 @@ class Resources:
     spilled: int
     shared: int
     tensor_cores: str
+    hot_loop: dict[str, int]
 
     @property
     def fits(self) -> bool:
@@ -91,8 +108,7 @@ def variants() -> Iterator[Variant]:
 
     for dtype, pointer in _POINTERS.items():
         label = str(dtype).removeprefix("torch.")
-        for C in (21, 60, 171):
-            plan = launch.isolate(C)
+        for plan in _distinct(launch.isolate(C) for C in (21, 60, 171, 847)):
             pointers = {
                 "z_ptr": pointer,
                 "u_ptr": pointer,
@@ -162,6 +178,11 @@ def variants() -> Iterator[Variant]:
     )
 
 
+def _distinct(plans: Iterable[launch.Launch]) -> list[launch.Launch]:
+    """Each bucket of the table once."""
+    return list({repr(plan): plan for plan in plans}.values())
+
+
 def measure(variant: Variant, chip: int) -> Resources:
     """Compiles a variant for a chip and reads what it takes."""
     import triton
@@ -209,7 +230,44 @@ def measure(variant: Variant, chip: int) -> Resources:
         max(stack, spills),
         compiled.metadata.shared,
         "+".join(found) or "-",
+        hot_loop(machine_code),
     )
+
+
+def hot_loop(machine_code: str) -> dict[str, int]:
+    """Instructions of the hot loop by what they do, those that occur, and "all" of them."""
+    code = [
+        (int(address, 16), name, rest)
+        for address, name, rest in re.findall(
+            r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(.*?);",
+            machine_code,
+            re.MULTILINE,
+        )
+    ]
+    loops = []
+    for address, name, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest) if name == "BRA" else None
+        # A jump to itself only pads the end.
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    innermost = [
+        loop
+        for loop in loops
+        if not any(o != loop and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)
+    ]
+    bodies = [
+        [name for address, name, _ in code if start <= address <= end] for start, end in innermost
+    ]
+    counts = [_counts(body) for body in bodies or [[name for _, name, _ in code]]]
+    return max(counts, key=lambda found: (found.get("MMA", 0), found["all"]))
+
+
+def _counts(names: list[str]) -> dict[str, int]:
+    counts = {
+        label: sum(bool(re.fullmatch(pattern, name)) for name in names)
+        for label, pattern in _COUNTED.items()
+    }
+    return {label: count for label, count in counts.items() if count} | {"all": len(names)}
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
@@ -220,22 +278,23 @@ def _cuobjdump(option: str, cubin: Path) -> str:
     return result.stdout
 
 
-def main(chips: tuple[int, ...] = tuple(CHIPS)) -> int:
+def main(arguments: Sequence[str] = ()) -> int:
     """Prints the table; 0 if everything fits."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise SystemExit("unset TRITON_INTERPRET: the interpreter replaces the compiler")
     print(
         f"{'kernel':<28} {'chip':<7} {'warps':>5} {'registers':>9} {'spilled':>7} "
-        f"{'shared B':>9} {'limit B':>8}  tensor cores"
+        f"{'shared B':>9} {'limit B':>8}  {'tensor cores':<12}  hot loop"
     )
     all_fit = True
     for variant in variants():
-        for chip in chips:
+        for chip in CHIPS:
             taken = measure(variant, chip)
             all_fit &= taken.fits
             print(
                 f"{variant.name:<28} sm_{chip:<4} {variant.num_warps:>5} {taken.registers:>9} "
-                f"{taken.spilled:>7} {taken.shared:>9} {CHIPS[chip]:>8}  {taken.tensor_cores}"
+                f"{taken.spilled:>7} {taken.shared:>9} {CHIPS[chip]:>8}  {taken.tensor_cores:<12}  "
+                + " ".join(f"{name} {count}" for name, count in taken.hot_loop.items())
                 + ("" if taken.fits else "  DOES NOT FIT"),
                 flush=True,
             )

@@ -1,8 +1,7 @@
-"""The rows of the benchmark: what is computed, at which size, by which contenders."""
+"""Rows of the op (logits -> A_f) and of the whole step (logits -> adapted values)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,120 +10,148 @@ from torch import Tensor
 
 import fsa
 from bench import algebra, published
+from bench.contenders import Build, Call, Row, require_memory
 
 HEADS, HEAD_WIDTH = 12, 64
 
-# Temporaries of N x N x C that the published formulation holds at once.
-_PUBLISHED_TEMPORARIES = 3
+# What the formulations certainly hold at once: tensors of N x N x C and matrices of N x N.
+_PUBLISHED_TENSORS = 2
+_ALGEBRA_MATRICES = 6
 
 
 @dataclass(frozen=True)
-class Row:
-    """A size of the op (logits -> A_f) or of the whole step (logits -> adapted values)."""
+class Inputs:
+    """What every contender of a row is given; the last three in steps only."""
+
+    patch_logits: Tensor
+    uniform_logits: Tensor
+    value: Tensor | None = None
+    attention: Tensor | None = None
+    attended: Tensor | None = None
+
+    def images(self, index: list[int]) -> Inputs:
+        """Some of the images, in float64."""
+        chosen = {key: t[index].double() for key, t in vars(self).items() if t is not None}
+        return Inputs(**chosen)
+
+
+@dataclass(frozen=True)
+class OpRow(Row):
+    """A size of the op or of the step.
+
+    Args:
+        kind: "op" or "step".
+        B, N, C: images, patches, queries.
+        compiled: with `torch.compile` as a contender; compiling takes seconds a row.
+    """
 
     kind: str
     B: int
     N: int
     C: int
+    compiled: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.kind} B={self.B} N={self.N} C={self.C}"
 
+    def small(self) -> OpRow:
+        return OpRow(self.kind, 1, 64, self.C, self.compiled)
 
-@dataclass(frozen=True)
-class Inputs:
-    """What every contender of a row is given."""
-
-    patch_logits: Tensor
-    uniform_logits: Tensor
-    value: Tensor
-    attention: Tensor
-    attended: Tensor
-
-
-OP_SIZES = tuple(
-    Row("op", B, N, C)
-    for B in (1, 8, 40)
-    for C in (21, 150, 171, 847)
-    for N in (196, 441, 784, 1024, 1764, 4096, 8192)
-)
-STEP_SIZES = tuple(
-    Row("step", B, N, C) for B in (1, 8) for C in (21, 150, 171) for N in (196, 784, 1764)
-)
-# What two CPU cores do in minutes; the sizes that the project promises speedups at come first.
-CPU_ROWS = (
-    Row("step", 1, 1764, 21),
-    Row("step", 1, 1764, 150),
-    Row("step", 1, 784, 60),
-    Row("step", 1, 196, 21),
-    Row("op", 1, 1764, 150),
-    Row("op", 1, 784, 60),
-    Row("op", 1, 196, 21),
-)
+    def contenders(
+        self, device: torch.device, dtype: torch.dtype, inputs: Inputs | None = None
+    ) -> dict[str, Build]:
+        inputs = inputs or make_inputs(self, device, dtype)
+        builds: dict[str, Build] = {
+            "published": partial(_published, self, inputs),
+            "algebra": partial(_algebra, self, inputs),
+        }
+        if self.compiled:
+            builds["torch.compile"] = partial(_compiled, self, inputs)
+        builds["fsa torch"] = partial(ours, self.kind, "torch", inputs)
+        if device.type == "cuda":
+            builds["fsa triton"] = partial(ours, self.kind, "triton", inputs)
+        return builds
 
 
-def make_inputs(row: Row, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
+def make_inputs(row: OpRow, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:
     """Realistic inputs: logits that peak on the segments of a picture, with noise."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
+    normal = partial(torch.randn, generator=generator, device=device)
     segments = 12
-    centres = torch.randn(segments, row.C, generator=generator) * 1.2
+    centres = normal(segments, row.C) * 1.2
     # Segments are runs of patches, as in a picture read row by row.
-    bounds = torch.rand(row.B, segments - 1, generator=generator).sort(dim=1).values * row.N
-    membership = (torch.arange(row.N)[None, :, None] >= bounds[:, None]).sum(dim=-1)
-    noise = torch.randn(row.B, row.N, row.C, generator=generator) * 0.35
-    logits = centres[membership] + noise
-    uniform = torch.randn(row.B, 1, row.C, generator=generator) * 0.4
-    value = torch.randn(row.B, HEADS, row.N, HEAD_WIDTH, generator=generator)
-    affinity = torch.randn(row.B, row.N, 32, generator=generator) + centres[membership][..., :1]
-    inputs = [t.to(device, dtype) for t in (logits, uniform, value)]
-    affinity = torch.nn.functional.normalize(affinity.to(device), dim=-1)
+    bounds = torch.rand(row.B, segments - 1, generator=generator, device=device) * row.N
+    patches = torch.arange(row.N, device=device)
+    membership = (patches[None, :, None] >= bounds[:, None]).sum(dim=-1)
+    logits = (centres[membership] + normal(row.B, row.N, row.C) * 0.35).to(dtype)
+    uniform = (normal(row.B, 1, row.C) * 0.4).to(dtype)
+    if row.kind == "op":
+        return Inputs(logits, uniform)
+    value = normal(row.B, HEADS, row.N, HEAD_WIDTH).to(dtype)
+    affinity = normal(row.B, row.N, 32) + centres[membership][..., :1]
+    affinity = torch.nn.functional.normalize(affinity, dim=-1)
     attention = (10 * affinity @ affinity.transpose(1, 2)).softmax(dim=-1).to(dtype)
-    attended = attention[:, None] @ inputs[2]
-    return Inputs(*inputs, attention, attended)
+    columns = value.transpose(1, 2).flatten(2)
+    attended = torch.bmm(attention, columns).unflatten(-1, (HEADS, HEAD_WIDTH)).transpose(1, 2)
+    return Inputs(logits, uniform, value, attention, attended)
 
 
-def published_fits(row: Row, dtype: torch.dtype, bytes_free: int) -> bool:
-    """Whether the published formulation's temporaries fit in memory."""
-    tensor = row.B * row.N * row.N * row.C * dtype.itemsize
-    per_head = 3 * row.B * HEADS * row.N * row.N * dtype.itemsize
-    return max(_PUBLISHED_TEMPORARIES * tensor, per_head) < 0.8 * bytes_free
+def _published(row: OpRow, inputs: Inputs) -> Call:
+    itemsize = inputs.patch_logits.dtype.itemsize
+    tensors = _PUBLISHED_TENSORS * row.B * row.N**2 * row.C * itemsize
+    matrices = 4 * row.B * HEADS * row.N**2 * itemsize if row.kind == "step" else 0
+    require_memory(max(tensors, matrices), inputs.patch_logits.device)
+    if row.kind == "op":
+        return lambda: published.feedback_attention(inputs.patch_logits, inputs.uniform_logits)
+    # The authors' hosts hold both per head already.
+    value = inputs.value.flatten(0, 1)
+    attention = published.per_head(inputs.attention, HEADS)
+
+    def step() -> Tensor:
+        scaled = published.scaled_similarity(inputs.patch_logits, inputs.uniform_logits)
+        return published.adapt(value, scaled, attention).view(inputs.value.shape)
+
+    return step
 
 
-def contenders(
-    row: Row, device: torch.device, dtype: torch.dtype, bytes_free: int, *, compiled: bool = True
-) -> dict[str, Callable[[Inputs], Tensor]]:
-    """name -> function of the row's inputs, for those that fit in memory."""
-    functions: dict[str, Callable[[Inputs], Tensor]] = {}
-    if published_fits(row, dtype, bytes_free):
-        functions["published"] = partial(_published, row.kind)
-    functions["algebra"] = partial(_algebra, row.kind)
-    if compiled:
-        functions["torch.compile"] = torch.compile(partial(_algebra, row.kind), dynamic=False)
-    functions["fsa torch"] = partial(_ours, row.kind, "torch")
-    if device.type == "cuda":
-        functions["fsa triton"] = partial(_ours, row.kind, "triton")
-    return functions
+def _algebra(row: OpRow, inputs: Inputs) -> Call:
+    require_memory(_ALGEBRA_MATRICES * row.B * row.N**2 * 4, inputs.patch_logits.device)
+    return partial(_algebra_step, *vars(inputs).values())
 
 
-def _published(kind: str, inputs: Inputs) -> Tensor:
-    feedback = published.feedback_attention(inputs.patch_logits, inputs.uniform_logits)
+def _algebra_step(
+    patch_logits: Tensor,
+    uniform_logits: Tensor,
+    value: Tensor | None,
+    attention: Tensor | None,
+    attended: Tensor | None,
+) -> Tensor:
+    feedback = algebra.feedback_attention(patch_logits, uniform_logits)
+    return feedback if value is None else algebra.adapt(value, feedback, attention, attended)
+
+
+def _compiled(row: OpRow, inputs: Inputs) -> Call:
+    require_memory(_ALGEBRA_MATRICES * row.B * row.N**2 * 4, inputs.patch_logits.device)
+    # After 8 recompilations of a function torch.compile would run it eagerly.
+    torch._dynamo.reset()
+    compiled = torch.compile(_algebra_step, dynamic=False, fullgraph=True)
+    return partial(compiled, *vars(inputs).values())
+
+
+def ours(kind: str, backend: str, inputs: Inputs) -> Call:
+    """One call of this library."""
     if kind == "op":
-        return feedback
-    return published.adapt(inputs.value, feedback, inputs.attention)
+        return partial(
+            fsa.feedback_attention, inputs.patch_logits, inputs.uniform_logits, backend=backend
+        )
 
+    def step() -> Tensor:
+        feedback = fsa.feedback_attention(
+            inputs.patch_logits, inputs.uniform_logits, backend=backend
+        )
+        return fsa.adapt(
+            inputs.value, feedback, inputs.attention, attended=inputs.attended, backend=backend
+        )
 
-def _algebra(kind: str, inputs: Inputs) -> Tensor:
-    feedback = algebra.feedback_attention(inputs.patch_logits, inputs.uniform_logits)
-    if kind == "op":
-        return feedback
-    return algebra.adapt(inputs.value, feedback, inputs.attention, inputs.attended)
-
-
-def _ours(kind: str, backend: str, inputs: Inputs) -> Tensor:
-    feedback = fsa.feedback_attention(inputs.patch_logits, inputs.uniform_logits, backend=backend)
-    if kind == "op":
-        return feedback
-    return fsa.adapt(
-        inputs.value, feedback, inputs.attention, attended=inputs.attended, backend=backend
-    )
+    return step

@@ -1,51 +1,217 @@
-"""Times rows: all contenders of a row in one run, interleaved; results as data."""
+"""Runs the registry's jobs in order of importance and writes what was measured as data.
+
+    python -m bench cpu|gpu [--only op,step,host,picture,memory,numerics] [--budget SECONDS]
+                            [--out FILE]
+
+Exits with 1 where this library failed, or was less exact than the tests allow.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
-from statistics import quantiles
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
 import fsa
-from bench.rows import Inputs, Row, contenders, make_inputs
+from bench import numerics, registry
+from bench.contenders import is_ours
+from bench.results_data import RESULTS
+from bench.worker import Job, Worker
 
-RESULTS = Path(__file__).parent / "results"
+ONLY = ("op", "step", "host", "picture", "memory", "numerics")
 
-# A contender that takes longer than this a call is measured fewer times.
-_SLOW_SECONDS = 1.0
-_REPEATS = 15
-_REPEATS_SLOW = 3
+# Seconds without news of a contender, and beyond the budget, after which it is given up.
+_PATIENCE = {"cuda": 90.0, "cpu": 240.0}
+_GRACE = 20.0
+_PACKAGES = ("triton", "open_clip_torch", "timm", "numpy")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measures; the first argument is "cpu" or "gpu"."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=("cpu", "gpu"))
+    parser.add_argument("--only", type=_only, default=ONLY, help="default: everything")
+    parser.add_argument("--budget", type=float, default=450, help="seconds; default 450")
+    parser.add_argument("--out", type=Path, help="default bench/results/{cpu,gpu}.json")
+    options = parser.parse_args(arguments)
+    if options.what == "gpu" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: `python -m bench gpu` needs one")
+    on_gpu = options.what == "gpu"
+    record = run(
+        registry.GPU if on_gpu else registry.CPU,
+        options.out or RESULTS / f"{options.what}.json",
+        device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
+        dtype=torch.float16 if on_gpu else torch.float32,
+        budget=options.budget,
+        only=options.only,
+    )
+    for complaint in complaints(record):
+        print(complaint, file=sys.stderr)
+    return 1 if complaints(record) else 0
+
+
+def _only(text: str) -> tuple[str, ...]:
+    wanted = tuple(text.split(","))
+    unknown = set(wanted) - set(ONLY)
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"{', '.join(sorted(unknown))}: must be of {', '.join(ONLY)}"
+        )
+    return wanted
+
+
+def run(
+    jobs: Sequence[Job],
+    file: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    budget: float,
+    only: Sequence[str] = ONLY,
+) -> dict[str, Any]:
+    """Does jobs until the budget is used up; writes the file after every one.
+
+    Args:
+        jobs: in order of importance.
+        file: JSON with the environment and one record per job.
+        device, dtype: of the inputs.
+        budget: seconds; rows that were not begun by then are left out and named.
+        only: which rows are timed, and whether memory and numerics are measured.
+    """
+    start = time.monotonic()
+    record: dict[str, Any] = {
+        "environment": environment(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "unit": "ms; memory in bytes",
+        "budget": budget,
+        "rows": [],
+        "not_begun": [],
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    worker = Worker(device, dtype, _PATIENCE[device.type])
+    try:
+        for job in narrowed(jobs, only):
+            elapsed = time.monotonic() - start
+            if elapsed > budget:
+                record["not_begun"].append(f"{job.row.name}: {', '.join(job.measures)}")
+                continue
+            print(f"{elapsed:6.0f} s  {job.row.name}: {', '.join(job.measures)}", flush=True)
+            done = worker.do(job, deadline=start + budget + _GRACE)
+            done["measures"] = list(job.measures)
+            for name, found in _beyond(done, dtype).items():
+                done["contenders"][name]["beyond_limits"] = found
+            record["rows"].append(done)
+            write(record, file)
+    finally:
+        worker.stop()
+    record["seconds"] = round(time.monotonic() - start, 1)
+    write(record, file)
+    return record
+
+
+def narrowed(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
+    """The jobs, with the measures that are wanted; those without any left out."""
+    kept = []
+    for job in jobs:
+        measures = tuple(
+            measure
+            for measure in job.measures
+            if (job.row.kind if measure == "time" else measure) in only
+        )
+        if measures:
+            kept.append(Job(job.row, measures))
+    return kept
+
+
+def _beyond(row: dict[str, Any], dtype: torch.dtype) -> dict[str, list[str]]:
+    found = {
+        name: numerics.beyond_limits(name, entry["numerics"], dtype)
+        for name, entry in row["contenders"].items()
+        if "numerics" in entry
+    }
+    return {name: broken for name, broken in found.items() if broken}
+
+
+def complaints(record: dict[str, Any]) -> list[str]:
+    """What this library did wrong in a run, in words."""
+    return [
+        f"{row['name']}, {name}: {'; '.join(wrong)}"
+        for row in record["rows"]
+        for name, entry in row["contenders"].items()
+        if is_ours(name)
+        and (wrong := [*entry.get("beyond_limits", ()), *filter(None, [entry.get("error")])])
+    ]
+
+
+def write(record: dict[str, Any], file: Path) -> None:
+    """Writes a record whole or not at all; what is not a number becomes null."""
+    temporary = file.with_suffix(".part")
+    temporary.write_text(json.dumps(_finite(record), indent=1, allow_nan=False) + "\n")
+    os.replace(temporary, file)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Machine, versions, commit, date and command of a run."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+    found: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
         "cpu_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **{package: _version(package) for package in _PACKAGES},
         "fsa": fsa.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
     }
+    return found
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str:
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
+    except OSError:
+        return "unknown"
+    return described.stdout.strip() or "unknown"
 
 
 def _processor() -> str:
@@ -55,107 +221,3 @@ def _processor() -> str:
         return platform.processor() or "unknown"
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else "unknown"
-
-
-def bytes_free(device: torch.device) -> int:
-    """Memory that a run may take."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable"):
-            return int(line.split()[1]) * 1024
-    return 4 << 30
-
-
-def run(
-    rows: Sequence[Row],
-    file: Path,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    budget: float,
-    compiled: bool = True,
-) -> dict[str, Any]:
-    """Checks and times rows until the budget is used up; writes the file after every row.
-
-    Args:
-        rows: in order of importance.
-        file: JSON with the environment and one record per row.
-        device, dtype: of the inputs.
-        budget: seconds; rows that were not begun by then are left out and named.
-        compiled: with `torch.compile` as a contender.
-    """
-    start = time.perf_counter()
-    record: dict[str, Any] = {
-        "environment": environment(device),
-        "dtype": str(dtype).removeprefix("torch."),
-        "unit": "ms",
-        "rows": [],
-        "not_measured": [],
-    }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for row in tqdm(rows, unit="row"):
-        if time.perf_counter() - start > budget:
-            record["not_measured"].append(row.name)
-            continue
-        record["rows"].append(_measure(row, device, dtype, compiled))
-        file.write_text(json.dumps(record, indent=1) + "\n")
-    file.write_text(json.dumps(record, indent=1) + "\n")
-    return record
-
-
-@torch.no_grad()
-def _measure(row: Row, device: torch.device, dtype: torch.dtype, compiled: bool) -> dict[str, Any]:
-    inputs = make_inputs(row, device, dtype)
-    functions = contenders(row, device, dtype, bytes_free(device), compiled=compiled)
-    result: dict[str, Any] = {"name": row.name, "contenders": {}}
-    exact = _float64(row, inputs)
-    first_times = {}
-    for name, function in list(functions.items()):
-        # Once for compilation, once for the clock and the check.
-        function(inputs)
-        first_times[name] = _seconds(function, inputs)
-        result["contenders"][name] = {"relative_error": _error(function(inputs), exact)}
-
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    repeats = _REPEATS if max(first_times.values()) < _SLOW_SECONDS else _REPEATS_SLOW
-    for _ in range(repeats):
-        for name, function in functions.items():
-            # What is fast is measured more often within its turn.
-            turns = max(1, min(10, int(1 / max(first_times[name], 1e-6))))
-            times[name] += [_seconds(function, inputs) for _ in range(turns)]
-    for name, seconds in times.items():
-        cuts = quantiles([1000 * s for s in seconds], n=10, method="inclusive")
-        result["contenders"][name] |= {
-            "p20": round(cuts[1], 4),
-            "median": round(cuts[4], 4),
-            "p80": round(cuts[7], 4),
-            "measurements": len(seconds),
-        }
-    return result
-
-
-def _seconds(function: Callable[[Inputs], Tensor], inputs: Inputs) -> float:
-    if inputs.value.is_cuda:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        function(inputs)
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
-    start = time.perf_counter()
-    function(inputs)
-    return time.perf_counter() - start
-
-
-def _float64(row: Row, inputs: Inputs) -> Tensor:
-    """The row's result by exact algebra in float64 (the tests tie it to the definition)."""
-    wide = Inputs(*(tensor.double() for tensor in vars(inputs).values()))
-    feedback = fsa.feedback_attention(wide.patch_logits, wide.uniform_logits, backend="torch")
-    if row.kind == "op":
-        return feedback
-    return fsa.adapt(wide.value, feedback, wide.attention, backend="torch")
-
-
-def _error(result: Tensor, exact: Tensor) -> float:
-    return float((result.double() - exact).norm() / exact.norm())

@@ -1,58 +1,293 @@
-"""Markdown tables from committed results, written between markers of the README."""
+"""Markdown tables from committed results, between markers of the README and of the results page.
+
+    python -m bench tables
+
+rewrites both and draws the plots. What was not measured is called that.
+"""
 
 from __future__ import annotations
 
-import json
+import argparse
 import re
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from bench.runner import RESULTS
+from bench import results_data as data
+from bench.marks import marks
+from bench.paper import LATENCY_MS, overhead
+from bench.results_data import Record
 
-README = Path(__file__).parent.parent / "README.md"
-ORDER = ("published", "algebra", "torch.compile", "fsa torch", "fsa triton")
+_FOLDER = Path(__file__).parent
+README = _FOLDER.parent / "README.md"
+PAGE = _FOLDER / "RESULTS.md"
 NOT_MEASURED = "not measured"
 
+_ORDER = ("published", "algebra", "torch.compile", "fsa torch", "fsa triton")
+_MODES = ("published off", "published on", "fsa off", "fsa on")
+_FIGURES = {
+    "series": "calls one after another",
+    "one_call": "one call alone, until the device has finished",
+    "graph": "replayed from a CUDA graph: the device's own work",
+}
 
-def speed_table(record: dict[str, Any]) -> str:
-    """One line a row of the benchmark: medians in ms, and how often ours fits into published."""
-    present = [name for name in ORDER if any(name in row["contenders"] for row in record["rows"])]
-    ours = "fsa triton" if "fsa triton" in present else "fsa torch"
-    lines = [
-        f"| {' | '.join(['row', *present, 'speedup over published', 'relative error'])} |",
-        f"|{'---|' + '---:|' * (len(present) + 2)}",
-    ]
-    for row in record["rows"]:
-        cells = [row["name"]]
-        entries = row["contenders"]
-        cells += [
-            f"{entries[name]['median']:.3g}" if name in entries else "does not fit"
-            for name in present
+
+def speed_table(
+    record: Record | None,
+    figure: str = "series",
+    chosen: Callable[[Record], bool] = lambda row: True,
+) -> str:
+    """One line per op or step: medians in ms, and how often ours fits into the others.
+
+    Args:
+        record: of a run.
+        figure: which of the timings.
+        chosen: which rows.
+    """
+    rows = [row for row in _timed(record, "step", "op") if chosen(row)]
+    if not rows:
+        return NOT_MEASURED
+    present = [name for name in _ORDER if any(name in row["contenders"] for row in rows)]
+    ours = present[-1]
+    lines = []
+    for row in rows:
+        mine = data.median(row, ours, figure)
+        cells = [_time_cell(row, name, figure) for name in present]
+        speedups = [
+            _number(data.ratio(data.median(row, name, figure), mine), "×")
+            for name in ("published", "torch.compile")
         ]
-        if "published" in entries:
-            cells.append(f"{entries['published']['median'] / entries[ours]['median']:.0f}×")
-        else:
-            cells.append("-")
-        cells.append(f"{entries[ours]['relative_error']:.1e}")
-        lines.append(f"| {' | '.join(cells)} |")
-    env = record["environment"]
-    lines += [
-        "",
-        f"Medians in ms, {record['dtype']} inputs, {env['device']}, {env['cpu_threads']} CPU "
-        f"threads, torch {env['torch']}, commit {env['commit']}, {env['date'][:10]}, "
-        f"`{env['command']}`. The error is that of this library against float64.",
+        lines.append([row["name"], *cells, *speedups])
+    header = ["row", *present, f"{ours} over published", "over torch.compile"]
+    return f"{_table(header, lines)}\n\n{_caption(record, _FIGURES[figure])}"
+
+
+def host_table(record: Record | None, figure: str = "series") -> str:
+    """Whole forwards in ms, and what FSA adds, beside the paper."""
+    rows = _timed(record, "host")
+    if not rows:
+        return NOT_MEASURED
+    time = partial(data.median, figure=figure)
+    lines = [
+        [
+            row["name"],
+            *(_time_cell(row, name, figure) for name in _MODES),
+            _number(data.overhead(row, "published", time), "%"),
+            _number(data.overhead(row, "fsa", time), "%"),
+            _number(overhead(row["host"], row["backbone"]), "%"),
+            _number(data.ratio(time(row, "published off"), time(row, "fsa on")), "×"),
+        ]
+        for row in rows
     ]
-    return "\n".join(lines)
+    header = [
+        "host",
+        "published",
+        "published + FSA",
+        "here",
+        "here + FSA",
+        "FSA adds, published",
+        "FSA adds, here",
+        "FSA adds, by the paper",
+        "published host over here + FSA",
+    ]
+    return f"{_table(header, lines)}\n\n{_caption(record, _FIGURES[figure])}"
 
 
-def tables() -> dict[str, str]:
-    """marker -> Markdown, for every result that is there."""
-    made = {}
-    for name in ("cpu", "gpu"):
-        file = RESULTS / f"{name}.json"
-        made[f"speed-{name}"] = (
-            speed_table(json.loads(file.read_text())) if file.exists() else NOT_MEASURED
-        )
+def picture_table(record: Record | None) -> str:
+    """Whole pictures in ms."""
+    rows = _timed(record, "picture")
+    if not rows:
+        return NOT_MEASURED
+    lines = [
+        [
+            row["name"],
+            *(_time_cell(row, name, "series") for name in _MODES),
+            _number(
+                data.ratio(*(data.median(row, f"{who} on") for who in ("published", "fsa"))), "×"
+            ),
+        ]
+        for row in rows
+    ]
+    header = [
+        "picture (window/stride)",
+        "published loop",
+        "with FSA",
+        "here",
+        "with FSA",
+        "speedup",
+    ]
+    note = "from a decoded picture to labels in main memory; the speedup is with FSA"
+    return f"{_table(header, lines)}\n\n{_caption(record, note)}"
+
+
+def memory_table(record: Record | None) -> str:
+    """Peak extra memory in MiB."""
+    rows = _measured(record, "memory")
+    if not rows:
+        return NOT_MEASURED
+    present = _present(rows, "memory")
+    lines = [
+        [
+            row["name"],
+            *(_cell(row, name, "memory", lambda b: f"{b / 2**20:.0f}") for name in present),
+        ]
+        for row in rows
+    ]
+    note = "MiB, the result included, the inputs not"
+    return f"{_table(['row', *present], lines)}\n\n{_caption(record, note, times=False)}"
+
+
+def numerics_table(record: Record | None) -> str:
+    """Relative error, and the share of pruning decisions that differ, against float64."""
+    rows = _measured(record, "numerics")
+    if not rows:
+        return NOT_MEASURED
+    present = _present(rows, "numerics")
+
+    def text(found: Record) -> str:
+        error = found["relative_error"]
+        parts = ["not finite" if error is None else f"{error:.1e}"]
+        if "decisions_that_differ" in found:
+            parts.append(f"{found['decisions_that_differ']:.1e}")
+        return ", ".join(parts)
+
+    lines = [
+        [row["name"], *(_cell(row, name, "numerics", text) for name in present)] for row in rows
+    ]
+    note = (
+        "the whole result's relative error against float64, and the share of pruning decisions "
+        "that differ; of a batch the first and the last image"
+    )
+    return f"{_table(['row', *present], lines)}\n\n{_caption(record, note, times=False)}"
+
+
+def marks_table(record: Record | None) -> str:
+    """What is promised on an H200 and what was measured."""
+    lines = [
+        [
+            mark.text,
+            f"{'≥' if mark.at_least else '≤'} {mark.limit:g} {mark.unit}".strip(),
+            _number(mark.value, mark.unit),
+            mark.verdict,
+        ]
+        for mark in marks(record)
+    ]
+    table = _table(["mark", "limit", "measured", ""], lines)
+    if record is None:
+        return table
+    return f"{table}\n\n{_caption(record, 'op rows: the work of the device, from a CUDA graph')}"
+
+
+def paper_table() -> str:
+    """The latencies that FSA's authors published."""
+    lines = [
+        [f"{host} {backbone}", f"{off}", f"{on}", f"{overhead(host, backbone):.1f}%"]
+        for (host, backbone), (off, on) in LATENCY_MS.items()
+    ]
+    return _table(["host", "ms", "with FSA", "FSA adds"], lines)
+
+
+def _timed(record: Record | None, *kinds: str) -> list[Record]:
+    return [
+        row
+        for row in (data.rows(record, *kinds) if record else [])
+        if any(set(entry) & set(_FIGURES) for entry in row["contenders"].values())
+    ]
+
+
+def _measured(record: Record | None, key: str) -> list[Record]:
+    return [
+        row
+        for row in (data.rows(record, "op", "step", "host", "picture") if record else [])
+        if any(key in entry for entry in row["contenders"].values())
+    ]
+
+
+def _present(rows: list[Record], key: str) -> list[str]:
+    return [
+        name
+        for name in (*_ORDER, *_MODES)
+        if any(key in row["contenders"].get(name, {}) for row in rows)
+    ]
+
+
+def _cell(row: Record, name: str, key: str, text: Callable[..., str]) -> str:
+    entry = row["contenders"].get(name)
+    if entry is None:
+        return "-"
+    if key in entry:
+        return text(entry[key])
+    if "does_not_fit" in entry:
+        return "does not fit"
+    if "not_finished" in entry:
+        return NOT_MEASURED
+    return "failed" if "error" in entry else "-"
+
+
+def _time_cell(row: Record, name: str, figure: str) -> str:
+    def text(found: Record) -> str:
+        if "median" in found:
+            return f"{found['median']:.3g}" if found["median"] < 1000 else f"{found['median']:.0f}"
+        return "does not fit" if "does_not_fit" in found else "failed"
+
+    return _cell(row, name, figure, text)
+
+
+def _number(value: float | None, unit: str) -> str:
+    if value is None:
+        return NOT_MEASURED
+    space = " " if unit and unit not in "×%" else ""
+    digits = f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{digits}{space}{unit}"
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}", *rows])
+
+
+def _caption(record: Record, note: str, *, times: bool = True) -> str:
+    env = record["environment"]
+    machine = env["gpu"] or f"{env['processor']}, CPU threads: {env['cpu_threads']}"
+    versions = ", ".join(
+        f"{name} {env[name]}" for name in ("torch", "triton", "open_clip_torch") if env[name]
+    )
+    head = "Medians in ms, " if times else ""
+    return (
+        f"{head}{note}. {record['dtype']}, {machine}, {versions}, commit {env['commit']}, "
+        f"{env['date'][:10]}, `{env['command']}`."
+    )
+
+
+def _not_begun(record: Record | None) -> str:
+    if record is None or not record["not_begun"]:
+        return "Every row was begun."
+    return "Not begun when the budget ended: " + "; ".join(record["not_begun"]) + "."
+
+
+def tables(cpu: Record | None, gpu: Record | None) -> dict[str, str]:
+    """marker -> Markdown."""
+    made = {
+        "paper": paper_table(),
+        "marks": marks_table(gpu),
+        # On the GPU where it was measured.
+        "hosts": host_table(gpu or cpu),
+        "pictures": picture_table(gpu or cpu),
+        "speed-cpu": speed_table(cpu, chosen=lambda row: row["kind"] == "step"),
+        "speed-gpu": speed_table(gpu, "graph", lambda row: row["B"] == 1 and row["C"] == 171),
+    }
+    for name, record in (("cpu", cpu), ("gpu", gpu)):
+        made |= {
+            f"speed-all-{name}": speed_table(record),
+            f"host-{name}": host_table(record),
+            f"picture-{name}": picture_table(record),
+            f"memory-{name}": memory_table(record),
+            f"numerics-{name}": numerics_table(record),
+            f"not-begun-{name}": _not_begun(record) if record else NOT_MEASURED,
+        }
+    for figure in ("graph", "one_call"):
+        made[f"speed-all-gpu-{figure}"] = speed_table(gpu, figure)
+        made[f"host-gpu-{figure}"] = host_table(gpu, figure)
     return made
 
 
@@ -70,7 +305,20 @@ def fill(text: str, made: dict[str, str]) -> str:
     )
 
 
-def main() -> int:
-    """Regenerates the README's tables."""
-    README.write_text(fill(README.read_text(), tables()))
+def main(arguments: Sequence[str]) -> int:
+    """Regenerates the README's tables, the results page and the plots."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench tables",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.parse_args(arguments[1:])
+    cpu, gpu = data.load("cpu"), data.load("gpu")
+    for file in (README, PAGE):
+        file.write_text(fill(file.read_text(), tables(cpu, gpu)))
+    try:
+        from bench import plots
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"the plots need {error.name}: pip install '.[bench]'") from None
+    plots.draw(cpu, gpu, data.RESULTS / "cost.png")
     return 0

@@ -1,0 +1,263 @@
+"""Rows of whole hosts and of whole pictures. Weights are random: time does not depend on them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, ClassVar
+
+import open_clip
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fsa
+from bench.contenders import Build, Call, Row
+from bench.published_hosts import PublishedHost, explicit_attention, segment
+from fsa.config import FSAConfig
+from fsa.models import LoadedModel
+from fsa.segmentor import Segmentor
+from fsa.text import TextQueries
+from fsa.vfm import VFM, load_vfm
+from fsa.vision import Tower
+
+# OpenAI's weights of B and L were trained with QuickGELU, and so ran the published latencies.
+BACKBONES = {
+    "ViT-B/16": "ViT-B-16-quickgelu",
+    "ViT-L/14": "ViT-L-14-quickgelu",
+    "ViT-H/14": "ViT-H-14",
+}
+MODES = ("off", "on")
+
+
+@dataclass(frozen=True)
+class HostRow(Row):
+    """The whole forward of a host, from pictures to patch features, without and with FSA.
+
+    Args:
+        host: "maskclip", "sclip", "clearclip" or "proxyclip".
+        backbone: a key of `BACKBONES`, or a name of open_clip's.
+        side: of the square picture, in pixels.
+        C: queries.
+        B: images.
+    """
+
+    kind: ClassVar[str] = "host"
+
+    host: str
+    backbone: str
+    side: int = 336
+    C: int = 171
+    B: int = 1
+
+    @property
+    def name(self) -> str:
+        batch = f" B={self.B}" if self.B > 1 else ""
+        return f"{self.host} {self.backbone} {self.side}{batch}"
+
+    def small(self) -> HostRow:
+        return HostRow(self.host, self.backbone, side=112, C=3)
+
+    def contenders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Build]:
+        visual = tower(self.backbone, device, dtype)
+        images = torch.randn(self.B, 3, self.side, self.side, device=device, dtype=dtype)
+        text = text_features(self.C, visual, device)
+        config = FSAConfig.preset(vfm="dino", model=BACKBONES.get(self.backbone))
+        forwards = {"published": _published_host, "fsa": our_host}
+        return {
+            f"{name} {mode}": partial(
+                forward, self.host, visual, images, text, config if mode == "on" else None
+            )
+            for mode in MODES
+            for name, forward in forwards.items()
+        }
+
+
+def our_host(
+    name: str, visual: nn.Module, images: Tensor, text: Tensor, config: FSAConfig | None
+) -> Call:
+    """One forward of a host of this library; the other model's is part of it."""
+    host = fsa.hosts.build(name, visual)
+    proxy = dino(visual) if name == "proxyclip" else None
+
+    def forward() -> Tensor:
+        features = proxy(images) if proxy else None
+        return host.features(images, text, vfm_features=features, config=config)
+
+    return forward
+
+
+def _published_host(
+    name: str, visual: nn.Module, images: Tensor, text: Tensor, config: FSAConfig | None
+) -> Call:
+    host = PublishedHost(name, visual)
+    proxy = _explicit_dino(visual) if name == "proxyclip" else None
+    text = text.to(images.dtype)
+    beta = config.beta if config else 0.0
+
+    def forward() -> Tensor:
+        features = proxy(images) if proxy else None
+        return host(images, text, vfm_features=features, feedback=config is not None, beta=beta)
+
+    return forward
+
+
+@dataclass(frozen=True)
+class PictureRow(Row):
+    """A whole picture by sliding windows, from a decoded picture to labels in main memory.
+
+    Args:
+        host, backbone: as in `HostRow`.
+        height, width: of the picture, in pixels; it is not resized.
+        window, stride: in pixels.
+        C: queries, one a class.
+    """
+
+    kind: ClassVar[str] = "picture"
+    graphs: ClassVar[bool] = False
+
+    host: str
+    backbone: str
+    height: int
+    width: int
+    window: int
+    stride: int
+    C: int
+
+    @property
+    def name(self) -> str:
+        return (
+            f"{self.height}x{self.width} ({self.window}/{self.stride}) {self.host} {self.backbone}"
+        )
+
+    def small(self) -> PictureRow:
+        return PictureRow(self.host, self.backbone, 112, 112, 112, 112, 3)
+
+    def contenders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Build]:
+        visual = tower(self.backbone, device, dtype)
+        noise = torch.randint(0, 256, (8, 8, 3), dtype=torch.uint8).numpy()
+        picture = Image.fromarray(noise).resize((self.width, self.height))
+        text = text_features(self.C, visual, device)
+        segmentors = {"published": _published_segmentor, "fsa": our_segmentor}
+        return {
+            f"{name} {mode}": partial(build, self, visual, picture, text, mode == "on")
+            for mode in MODES
+            for name, build in segmentors.items()
+        }
+
+
+def our_segmentor(
+    row: PictureRow, visual: nn.Module, picture: Image.Image, text: Tensor, feedback: bool
+) -> Call:
+    """One picture through this library's segmentor."""
+    model = nn.Module()
+    model.visual = visual
+    model.logit_scale = nn.Parameter(visual.proj.new_zeros(()), requires_grad=False)
+    loaded = LoadedModel(
+        model=model,
+        tokenizer=None,
+        name=BACKBONES.get(row.backbone, row.backbone),
+        pretrained="random",
+        mean=open_clip.OPENAI_DATASET_MEAN,
+        std=open_clip.OPENAI_DATASET_STD,
+        image_size=row.window,
+    )
+    segmentor = Segmentor(
+        row.host,
+        fsa.hosts.build(row.host, visual),
+        loaded,
+        _KnownQueries(text),
+        dino(visual) if row.host == "proxyclip" else None,
+        feedback,
+    )
+    classes = [str(number) for number in range(row.C)]
+    sizes: dict[str, Any] = {
+        "window": row.window,
+        "stride": row.stride,
+        "short_side": min(row.height, row.width),
+    }
+
+    def run() -> Tensor:
+        return torch.from_numpy(segmentor.segment(picture, classes, **sizes).labels)
+
+    return run
+
+
+def _published_segmentor(
+    row: PictureRow, visual: nn.Module, picture: Image.Image, text: Tensor, feedback: bool
+) -> Call:
+    weight = visual.conv1.weight
+    host = PublishedHost(row.host, visual)
+    proxy = _explicit_dino(visual) if row.host == "proxyclip" else None
+    queries = text.to(weight.dtype)
+    mean = torch.tensor(open_clip.OPENAI_DATASET_MEAN, device=weight.device)[:, None, None]
+    std = torch.tensor(open_clip.OPENAI_DATASET_STD, device=weight.device)[:, None, None]
+
+    def forward(window: Tensor) -> Tensor:
+        images = window.to(weight.dtype)
+        features = proxy(images) if proxy else None
+        return host(images, queries, vfm_features=features, feedback=feedback)
+
+    def grid(height: int, width: int) -> tuple[int, int]:
+        side = (proxy.multiple,) * 2 if proxy else host.tower.patch_size
+        return height // side[0], width // side[1]
+
+    def run() -> Tensor:
+        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        pixels = pixels.view(row.height, row.width, 3).permute(2, 0, 1).to(weight.device)
+        image = ((pixels.float() / 255 - mean) / std)[None]
+        labels = segment(forward, grid, image, queries, window=row.window, stride=row.stride)
+        return labels.cpu()
+
+    return run
+
+
+class _KnownQueries:
+    """Text features that need no text encoder; takes the place of `fsa.text.TextEncoder`."""
+
+    def __init__(self, features: Tensor) -> None:
+        self._features = features
+
+    def encode(self, classes: list[str]) -> TextQueries:
+        index = torch.arange(len(classes), device=self._features.device)
+        return TextQueries(self._features, index, tuple(classes))
+
+
+def text_features(C: int, visual: nn.Module, device: torch.device) -> Tensor:
+    """Random text features (C,E) of unit length."""
+    return functional.normalize(torch.randn(C, visual.output_dim, device=device), dim=-1)
+
+
+# One model at a time, so that the largest do not fill the memory; rows come ordered by backbone.
+@lru_cache(maxsize=1)
+def tower(backbone: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """An open_clip vision tower with random weights, made on the device, where it is fast."""
+    with torch.device(device):
+        model = open_clip.create_model(BACKBONES.get(backbone, backbone), device=device)
+    return model.visual.eval().requires_grad_(False).to(device, dtype)
+
+
+@lru_cache(maxsize=1)
+def dino(visual: nn.Module) -> VFM:
+    """DINO ViT-B/8 with random weights, of the tower's type and on its device."""
+    vfm = load_vfm(
+        "dino",
+        tower=Tower(visual),
+        mean=open_clip.OPENAI_DATASET_MEAN,
+        std=open_clip.OPENAI_DATASET_STD,
+        pretrained=False,
+    )
+    # Without this, random weights make all patches alike, so that none passes the affinity's
+    # threshold and the published attention is NaN.
+    nn.init.normal_(vfm.model.pos_embed)
+    return vfm
+
+
+@lru_cache(maxsize=1)
+def _explicit_dino(visual: nn.Module) -> VFM:
+    """The same model with its attention written out."""
+    written_out = copy.deepcopy(dino(visual))
+    explicit_attention(written_out.model)
+    return written_out

@@ -1,0 +1,81 @@
+"""Errors and pruning decisions of contenders, against the exact algebra in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fsa
+from bench.contenders import is_ours
+from bench.rows import Inputs, OpRow
+from fsa import reference
+from fsa.config import FSAConfig
+from tests.accuracy import RELATIVE_ERROR, relative_error, unexplained_decisions
+
+
+@dataclass(frozen=True)
+class Exact:
+    """What a row's result would be in float64, for the images that are judged.
+
+    Attributes:
+        images: their numbers; of a batch the first and the last.
+        result: A_f (b,N,N), or the adapted values (b,H,N,d).
+        similarities: S (b,N,N); None for steps.
+    """
+
+    images: list[int]
+    result: Tensor
+    similarities: Tensor | None
+
+
+def exact(row: OpRow, inputs: Inputs) -> Exact:
+    """By exact algebra; the tests tie it to the definition."""
+    images = sorted({0, row.B - 1})
+    wide = inputs.images(images)
+    feedback = fsa.feedback_attention(wide.patch_logits, wide.uniform_logits, backend="torch")
+    if row.kind == "step":
+        attention = wide.attention
+        return Exact(images, fsa.adapt(wide.value, feedback, attention, backend="torch"), None)
+    probabilities = reference.isolated_probabilities(wide.patch_logits, wide.uniform_logits)
+    log = (probabilities + 1e-10).log()
+    own = (probabilities * log).sum(dim=-1, keepdim=True)
+    divergence = (own - probabilities @ log.transpose(1, 2)).clamp(min=0)
+    return Exact(images, feedback, 1 / (1 + divergence))
+
+
+def judge(result: Tensor, against: Exact) -> dict[str, Any]:
+    """What is recorded of a contender's result.
+
+    Returns:
+        relative_error, of the whole; for A_f also the share of pruning decisions that differ, and
+        how many of them rounding of the threshold does not explain. An entry that float64 keeps
+        but whose value rounds to zero in the result's type is no decision.
+    """
+    judged = result[against.images]
+    found: dict[str, Any] = {"relative_error": relative_error(judged, against.result)}
+    if against.similarities is not None:
+        kept = against.result > 0
+        vanishes = kept & (against.result.to(judged.dtype) == 0)
+        decided = torch.where(vanishes, kept, judged > 0)
+        found["decisions_that_differ"] = float((decided != kept).double().mean())
+        found["unexplained_decisions"] = unexplained_decisions(
+            decided, against.similarities, FSAConfig()
+        )
+    return found
+
+
+def beyond_limits(contender: str, found: dict[str, Any], dtype: torch.dtype) -> list[str]:
+    """What a contender of ours breaks of the limits that the tests hold; empty for others."""
+    if not is_ours(contender):
+        return []
+    broken = []
+    limit = RELATIVE_ERROR[dtype]
+    # Written so that NaN breaks it.
+    if not found["relative_error"] < limit:
+        broken.append(f"relative error {found['relative_error']:.1e}, limit {limit:.0e}")
+    if found.get("unexplained_decisions"):
+        broken.append(f"{found['unexplained_decisions']} pruning decisions beyond rounding")
+    return broken

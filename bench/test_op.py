@@ -1,0 +1,43 @@
+"""The op-level rows under pytest-benchmark: `pytest bench --benchmark-only`.
+
+On the GPU where there is one, else on the CPU at sizes that it does in a moment.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.contenders import DoesNotFit, synchronise
+from bench.rows import OpRow
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32
+PATCHES = (196, 784, 1764) if DEVICE.type == "cuda" else (196, 441)
+CONTENDERS = ("published", "algebra", "torch.compile", "fsa torch", "fsa triton")
+
+
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("C", [21, 171])
+@pytest.mark.parametrize("N", PATCHES)
+@pytest.mark.parametrize("kind", ["op", "step"])
+def test_op(benchmark, kind: str, N: int, C: int, contender: str) -> None:
+    builds = OpRow(kind, 1, N, C, compiled=True).contenders(DEVICE, DTYPE)
+    if contender not in builds:
+        pytest.skip(f"{contender} does not run on {DEVICE.type}")
+    benchmark.group = f"{kind} N={N} C={C}"
+    with torch.no_grad():
+        try:
+            call = builds[contender]()
+        except DoesNotFit as reason:
+            pytest.skip(str(reason))
+
+        def run() -> torch.Tensor:
+            result = call()
+            synchronise(DEVICE)
+            return result
+
+        # Compiles.
+        run()
+        result = benchmark.pedantic(run, rounds=10, warmup_rounds=2)
+    assert result.isfinite().all()
