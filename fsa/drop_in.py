@@ -395,7 +395,14 @@ class _Plug:
                 branch = branch + self.last.mlp(self.last.ln_2(branch))
             return self.visual.ln_post(branch) @ self.visual.proj
 
-        heads = adapted_heads(call.attention, tail, self.text_features, self.config, self.backend)
+        heads = adapted_heads(
+            call.attention,
+            tail,
+            self.text_features,
+            self.config,
+            self.backend,
+            residual=self.residual,
+        )
         return _output(attn_layer, heads, call.class_heads)
 
     @torch.no_grad()

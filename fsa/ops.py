@@ -131,7 +131,7 @@ def adapt(
         attention,
         attended,
         config,
-        feedback=feedback,
+        {"feedback": feedback},
     )
 
 
@@ -191,7 +191,7 @@ def feedback_step(
     if isinstance(attention, Tensor):
         inputs["attention"] = attention
         attention = torch_backend.attention_applier(attention)
-    return _adapt_by(apply_feedback, value, attention, attended, config, **inputs)
+    return _adapt_by(apply_feedback, value, attention, attended, config, inputs)
 
 
 def _adapt_by(
@@ -200,7 +200,7 @@ def _adapt_by(
     attention: Callable[[Tensor], Tensor] | None,
     attended: Tensor | None,
     config: FSAConfig,
-    **inputs: Tensor,
+    inputs: dict[str, Tensor],
 ) -> Tensor:
     """`adapt` with both attentions given as what applies them; None is the identity.
 
@@ -217,7 +217,7 @@ def _adapt_by(
             config.adaptations,
         )
     if not torch.compiler.is_compiling():
-        _check_finite_product(adapted, {"value": value, "attended": attended, **inputs})
+        _check_finite_product(adapted, inputs | {"value": value, "attended": attended})
     return adapted
 
 

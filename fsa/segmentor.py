@@ -16,6 +16,7 @@ import fsa
 from fsa import hosts, windows
 from fsa.config import SEGMENTATION_SCALE, FSAConfig
 from fsa.errors import InputError, named_out_of_memory
+from fsa.graphs import GraphCache
 from fsa.images import Picture, read_image
 from fsa.models import TINY, LoadedModel, load_model
 from fsa.result import Segmentation
@@ -58,6 +59,7 @@ def load_segmentor(
     *,
     vfm_pretrained: bool | str | None = None,
     processor: Any = None,
+    cuda_graph: bool = False,
 ) -> Segmentor:
     """A segmentor for any class names.
 
@@ -79,6 +81,8 @@ def load_segmentor(
         cache_dir: where downloaded weights are kept.
         vfm_pretrained: weights of the vfm; see `fsa.vfm.load_vfm`.
         processor: of a model of transformers: its `CLIPProcessor` or `SiglipProcessor`.
+        cuda_graph: on a GPU, captures the forward once for each shape of a batch of windows and
+            number of queries, and replays it; at most 8 graphs are kept.
 
     Raises:
         InputError: an argument that is not accepted.
@@ -113,7 +117,9 @@ def load_segmentor(
         )
     # Raises here, before any picture, where the backend cannot run.
     fsa.explain(device=loaded.device, dtype=loaded.dtype, backend=backend)
-    return Segmentor(name, built, loaded, TextEncoder(loaded), proxy, feedback)
+    return Segmentor(
+        name, built, loaded, TextEncoder(loaded), proxy, feedback, cuda_graph=cuda_graph
+    )
 
 
 class Segmentor:
@@ -125,6 +131,10 @@ class Segmentor:
         loaded: the CLIP model.
         vfm: ProxyCLIP's other model, or None.
         config: how feedback is computed, or None for the host alone.
+        graphs: the CUDA graphs of `forward`, or None where it runs eagerly.
+
+    Raises:
+        InputError: cuda_graph where the model is not on a CUDA device.
     """
 
     def __init__(
@@ -135,7 +145,14 @@ class Segmentor:
         text: TextEncoder,
         vfm: VFM | None,
         feedback: bool | FSAConfig,
+        *,
+        cuda_graph: bool = False,
     ) -> None:
+        if cuda_graph and loaded.device.type != "cuda":
+            raise InputError(
+                f"cuda_graph=True needs a CUDA device; the model is on {loaded.device}"
+            )
+        self.graphs = GraphCache(self.forward) if cuda_graph else None
         self.host_name = host_name
         self.host = host
         self.loaded = loaded
@@ -146,7 +163,7 @@ class Segmentor:
 
     def with_feedback(self, feedback: bool | FSAConfig) -> Segmentor:
         """The same models with another configuration of feedback."""
-        return Segmentor(self.host_name, self.host, self.loaded, self._text, self.vfm, feedback)
+        return self._like_this(self.host_name, self.host, self.vfm, feedback)
 
     def with_host(
         self,
@@ -180,7 +197,20 @@ class Segmentor:
                 pretrained=vfm_pretrained,
                 cache_dir=cache_dir,
             )
-        return Segmentor(name, built, self.loaded, self._text, proxy, self._feedback)
+        return self._like_this(name, built, proxy, self._feedback)
+
+    def _like_this(
+        self, host_name: str, host: hosts.Host, vfm: VFM | None, feedback: bool | FSAConfig
+    ) -> Segmentor:
+        return Segmentor(
+            host_name,
+            host,
+            self.loaded,
+            self._text,
+            vfm,
+            feedback,
+            cuda_graph=self.graphs is not None,
+        )
 
     def segment(
         self,
@@ -356,7 +386,8 @@ class Segmentor:
         multiple = tuple(math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
         padded, (top, left) = windows.pad_to_multiple(crops, multiple)
         padded = padded.to(self.loaded.dtype)
-        cosines = self.forward(padded, queries.features)
+        forward = self.forward if self.graphs is None else self.graphs
+        cosines = forward(padded, queries.features)
         # One window at a time: at full size all of them, for all queries, are large.
         for maps in cosines.split(1):
             maps = functional.interpolate(maps, size=padded.shape[-2:], mode="bilinear")

@@ -39,6 +39,8 @@ def adapted_heads(
     text_features: Tensor,
     config: FSAConfig,
     backend: str,
+    *,
+    residual: bool,
 ) -> Tensor:
     """The feedback loop: what the heads gather under the adapted attention, (B,H,N,d).
 
@@ -49,16 +51,25 @@ def adapted_heads(
         text_features: (C,E) of unit length.
         config: how feedback is computed.
         backend: of the ops.
+        residual: whether the tail adds each patch's own token.
     """
-    uniform_logits = None
-    if config.isolation:
-        uniform = _cosines(tail(attention.mean_value), text_features)
-        uniform_logits = uniform * config.uniform_logit_scale
     heads = attention.attended
-    for _ in range(config.iterations):
+    uniform = None
+    if not config.isolation:
+        first = _cosines(tail(heads), text_features)
+    elif residual:
+        first = _cosines(tail(heads), text_features)
+        uniform = _cosines(tail(attention.mean_value), text_features)
+    else:
+        # The tail takes rows one by one: the uniform one goes through it with the patches'.
+        both = _cosines(tail(torch.cat([heads, attention.mean_value], dim=2)), text_features)
+        first, uniform = both[:, :-1], both[:, -1:]
+    uniform_logits = None if uniform is None else uniform * config.uniform_logit_scale
+    for number in range(config.iterations):
+        cosines = first if number == 0 else _cosines(tail(heads), text_features)
         heads = ops.feedback_step(
             attention.value,
-            _cosines(tail(heads), text_features) * config.logit_scale,
+            cosines * config.logit_scale,
             uniform_logits,
             attention.apply,
             attended=attention.attended,
@@ -139,7 +150,10 @@ class Host(nn.Module):
 
         if config is None:
             return tail(attention.attended)
-        return tail(adapted_heads(attention, tail, text_features, config, self.backend))
+        heads = adapted_heads(
+            attention, tail, text_features, config, self.backend, residual=self.residual
+        )
+        return tail(heads)
 
     def attention(
         self, tokens: Tensor, images: Tensor, vfm_features: Tensor | None
