@@ -302,6 +302,11 @@ def test_uncertain_pixels_become_background(evaluate, preset, tmp_path):
     result = evaluate(settings=preset.override(prob_thd=1.0))
     assert result.counts[:, :2].sum() == 0
     assert result.counts[:, 2].sum() > 0
+    # A small scale leaves three equal chances, a large one hardly any doubt.
+    doubtful = evaluate("flat", settings=preset.override(prob_thd=0.5, logit_scale=0.01))
+    assert doubtful.counts[:, :2].sum() == 0
+    certain = evaluate("sharp", settings=preset.override(prob_thd=0.5, logit_scale=1e4))
+    assert certain.counts[:, :2].sum() > 0
 
 
 def test_classes_of_small_area_give_way(segmentor):
