@@ -48,14 +48,15 @@ def feedback_attention(
 ) -> Tensor:
     """A_f (B,N,N) in the type of `patch_logits`; see `fsa.feedback_attention`.
 
-    A patch whose probabilities are not finite gets a row of NaN and is never kept by another.
+    A patch whose logits are not finite gets a row of NaN and is never kept by another.
     """
     B, N, _ = patch_logits.shape
     logits = _widen(patch_logits)
     if uniform_logits is not None:
         logits = logits - _widen(uniform_logits)
     probabilities = logits.softmax(dim=-1)
-    broken = ~probabilities.sum(dim=-1).isfinite()
+    # Asked of the logits: of -inf alone the softmax makes a finite 0.
+    broken = ~logits.isfinite().all(dim=-1)
     # Rows that are not finite would poison the centre, and through it every other row.
     probabilities = probabilities.masked_fill(broken[..., None], 0)
     # Looking whether there are any spares the CPU three passes; on a GPU it would synchronise.
