@@ -73,7 +73,7 @@ def apply_feedback(
 class _Feedback:
     """A_f of some images, by blocks of rows.
 
-    A patch whose probabilities are not finite gets a row of NaN and is never kept by another.
+    A patch whose logits are not finite gets a row of NaN and is never kept by another.
 
     Args:
         patch_logits, uniform_logits: as `fsa.feedback_attention` takes them.
@@ -99,7 +99,8 @@ class _Feedback:
         if uniform_logits is not None:
             logits = logits - _widen(uniform_logits)
         probabilities = logits.softmax(dim=-1)
-        self.broken = ~probabilities.sum(dim=-1).isfinite()
+        # Asked of the logits: of -inf alone the softmax makes a finite 0.
+        self.broken = ~logits.isfinite().all(dim=-1)
         # Rows that are not finite would poison the centre, and through it every other row.
         probabilities = probabilities.masked_fill(self.broken[..., None], 0)
         # Looking whether there are any spares the CPU three passes; on a GPU it would synchronise.
