@@ -1,4 +1,4 @@
-"""Markdown tables from committed results, written between markers of the README."""
+"""Markdown tables from committed results, written between markers of the README and the card."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
+from bench import quality_tables
 from bench.runner import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+_ROOT = Path(__file__).parent.parent
+README = _ROOT / "README.md"
+MODEL_CARD = _ROOT / "fsa" / "tiny" / "weights" / "MODEL_CARD.md"
 ORDER = ("published", "algebra", "torch.compile", "fsa torch", "fsa triton")
 NOT_MEASURED = "not measured"
 
@@ -53,7 +56,7 @@ def tables() -> dict[str, str]:
         made[f"speed-{name}"] = (
             speed_table(json.loads(file.read_text())) if file.exists() else NOT_MEASURED
         )
-    return made
+    return made | quality_tables.tables()
 
 
 def fill(text: str, made: dict[str, str]) -> str:
@@ -71,6 +74,8 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 
 def main() -> int:
-    """Regenerates the README's tables."""
-    README.write_text(fill(README.read_text(), tables()))
+    """Regenerates the tables of the README and the model card."""
+    made = tables()
+    for file in (README, MODEL_CARD):
+        file.write_text(fill(file.read_text(), made))
     return 0

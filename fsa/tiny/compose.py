@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from fsa.tiny.vocabulary import CLASSES, OBJECTS
 
 PICTURES = 200
 """Of a split."""
+
+SIDE = 224
+"""Of the scenes of the splits, in pixels."""
 
 _AT_ONCE = 25
 
@@ -63,7 +66,7 @@ class Split:
         """
         composer = Composer(
             Sprites(pictographs, self.styles),
-            _SIZE,
+            (SIDE, SIDE),
             seed=self.seed,
             object_sizes=_SINGLE_SIZES if self.single else _OBJECT_SIZES,
         )
@@ -72,7 +75,6 @@ class Split:
             yield composer.compose(indices, objects=1 if self.single else None)
 
 
-_SIZE = (224, 224)
 _OBJECT_SIZES = (40, 140)
 _SINGLE_SIZES = (100, 170)
 
@@ -84,9 +86,14 @@ TESTS = (
     Split("test-unseen", seed=102, styles=(UNSEEN_STYLE,)),
     Split("test-synonyms", seed=103, synonyms=True),
 )
-SINGLES = tuple(
-    replace(split, name=split.name.replace("test", "single"), seed=split.seed + 10, single=True)
-    for split in TESTS
+# FxEmojis lack a quarter of the objects, so there is no split of theirs alone.
+SINGLES = (
+    *(
+        Split(f"single-{style}", seed=110 + number, styles=(style,), single=True)
+        for number, style in enumerate((*TRAIN_STYLES, UNSEEN_STYLE))
+        if style != "fxemoji"
+    ),
+    Split("single-synonyms", seed=119, synonyms=True, single=True),
 )
 GUARD = Split("guard", seed=120)
 GUARD_PICTURES = 16

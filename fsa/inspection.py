@@ -1,0 +1,87 @@
+"""What patches attend to before and after feedback, as matrices to be looked at and measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fsa.config import FSAConfig
+from fsa.hosts import Host, LastAttention
+
+
+@dataclass(frozen=True)
+class Attentions:
+    """Attention between patches, the mean over the heads.
+
+    Attributes:
+        host: A (B,N,N); a class token that the host attends to is left out.
+        feedback: A_f (B,N,N) of the last iteration; 0 where a patch was pruned.
+        adapted: (B,N,N), the mean of A_f A, A A_f and A_f that takes the place of A (Eq. 14).
+        features: (B,N,E), of the patches after feedback.
+    """
+
+    host: Tensor
+    feedback: Tensor
+    adapted: Tensor
+    features: Tensor
+
+
+@torch.no_grad()
+def attentions(
+    host: Host,
+    images: Tensor,
+    text_features: Tensor,
+    *,
+    vfm_features: Tensor | None = None,
+    config: FSAConfig,
+) -> Attentions:
+    """Runs a host with feedback and keeps what it attended to.
+
+    Args:
+        host, images, text_features, vfm_features, config: as in `Host.features`.
+
+    Raises:
+        InputError: as `Host.features`.
+    """
+    recorded: list[tuple[LastAttention, Tensor]] = []
+    adapt = host.adapt
+
+    def recording(attention: LastAttention, feedback: Tensor, config: FSAConfig) -> Tensor:
+        recorded.append((attention, feedback))
+        return adapt(attention, feedback, config)
+
+    host.adapt = recording
+    try:
+        features = host.features(images, text_features, vfm_features=vfm_features, config=config)
+    finally:
+        del host.adapt
+    attention, feedback = recorded[-1]
+    matrix = attention_matrix(attention)
+    feedback = feedback.to(matrix.dtype)
+    forms = {
+        "after": lambda: feedback @ matrix,
+        "before": lambda: matrix @ feedback,
+        "only": lambda: feedback,
+    }
+    adapted = sum(forms[name]() for name in config.adaptations) / len(config.adaptations)
+    return Attentions(host=matrix, feedback=feedback, adapted=adapted, features=features)
+
+
+def attention_matrix(attention: LastAttention) -> Tensor:
+    """The host's attention A between patches (B,N,N), the mean over the heads.
+
+    Hosts only ever apply A. Applied to unit vectors, as many at once as a value is wide, it gives
+    its columns; what it gives for zeros is the class token's part.
+    """
+    value = attention.value
+    N, width = value.shape[-2:]
+    nothing = attention.apply(torch.zeros_like(value))
+    columns = []
+    for first in range(0, N, width):
+        count = min(width, N - first)
+        unit = torch.zeros_like(value)
+        unit[:, :, range(first, first + count), range(count)] = 1
+        columns.append((attention.apply(unit) - nothing)[..., :count])
+    return torch.cat(columns, dim=-1).mean(dim=1)
