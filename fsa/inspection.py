@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fsa.config import FSAConfig
 from fsa.hosts import Host, LastAttention
+from fsa.windows import Window
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,32 @@ class Attentions:
     feedback: Tensor
     adapted: Tensor
     features: Tensor
+
+
+@dataclass(frozen=True)
+class PatchAttentions:
+    """What one patch attends to in a window, before and after feedback.
+
+    Attributes:
+        size: height and width of the resized picture in pixels.
+        area: the window in it, with the padding to whole patches: it may reach beyond the picture.
+        patch: row and column of the patch on the window's grid.
+        host: its row of A, (gh,gw) float32.
+        feedback: its row of A_f; 0 where a patch was pruned.
+        adapted: its row of what takes the place of A.
+    """
+
+    size: tuple[int, int]
+    area: Window
+    patch: tuple[int, int]
+    host: np.ndarray
+    feedback: np.ndarray
+    adapted: np.ndarray
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Which patches were kept, (gh,gw) bool."""
+        return self.feedback > 0
 
 
 @torch.no_grad()

@@ -5,8 +5,8 @@
         @iconify-json/fxemoji @lobehub/fluent-emoji-3d
     python -m fsa.tiny.pictographs --modules pictographs/node_modules --out pictographs/png
 
-gathers the pictographs that `fsa.tiny.scenes` knows into one folder per style, as PNGs of 128 pixels
-(needs `pip install resvg-py`). The pictographs themselves are not part of this project.
+gathers the pictographs that `fsa.tiny.scenes` knows into one folder per style, as PNGs of 128
+pixels (needs `pip install resvg-py`). The pictographs themselves are not part of this project.
 
 | style | pictures by | licence |
 |---|---|---|
