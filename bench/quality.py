@@ -34,7 +34,7 @@ from fsa.inspection import Attentions, attentions
 from fsa.models import load_model
 from fsa.segmentor import load_segmentor
 from fsa.text import TextEncoder
-from fsa.tiny.compose import PICTURES, SIDE, SINGLES, TESTS, Split
+from fsa.tiny.compose import NAMES, PICTURES, SIDE, SINGLES, TESTS, Split, asked_classes
 from fsa.tiny.vocabulary import CLASSES, OBJECTS
 from fsa.vfm import LAYER, load_vfm
 from fsa.vision import Tower
@@ -43,8 +43,7 @@ FILE = RESULTS / "quality.json"
 
 # "qq" is ClearCLIP.
 HOSTS = ("clip", "maskclip", "sclip", "clearclip", "proxyclip", "qk", "kk", "vv")
-PROTOCOLS = ("20 names", "all names")
-NAMES = 20
+PROTOCOLS = (f"{NAMES} names", "all names")
 TOP_K = (1, 5, 10)
 
 # What the paper's Tables 5, 6, 7 and S9 and its section 6 vary, by the changes to its constants.
@@ -287,8 +286,8 @@ def evaluate(
         crops = evaluator.crops(picture)
         vfm_features = evaluator.vfm(crops)
         truth = evaluator.sampled(mask)
-        rng = np.random.default_rng((split.seed, number, 2))
-        asked = dict(zip(PROTOCOLS, (_names(mask, rng), np.arange(len(CLASSES))), strict=True))
+        some = asked_classes(mask.numpy(), split, number)
+        asked = dict(zip(PROTOCOLS, (some, np.arange(len(CLASSES))), strict=True))
         for name, host in evaluator.hosts.items():
             proxy = {"vfm_features": vfm_features} if host.needs_vfm else {}
             config = FSAConfig.preset(vfm=evaluator.vfm.name if host.needs_vfm else None)
@@ -335,14 +334,6 @@ def _scenes(split: Split, pictographs: Path, pictures: int) -> Iterator[tuple[Te
         yield from zip(scenes.pictures, scenes.masks.long(), strict=True)
 
 
-def _names(mask: Tensor, rng: np.random.Generator) -> np.ndarray:
-    """The classes of a mask and others drawn to make 20, in order."""
-    present = mask.unique().numpy()
-    others = np.setdiff1d(np.arange(len(CLASSES)), present)
-    drawn = rng.choice(others, size=NAMES - len(present), replace=False)
-    return np.sort(np.concatenate([present, drawn]))
-
-
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
@@ -368,6 +359,7 @@ def _looked_at(
     entries["purity host"] = purity(seen.host, truth)
     entries["purity feedback"] = purity(seen.feedback, truth)
     entries["purity adapted"] = purity(seen.adapted, truth)
+    entries["feedback itself"] = float(seen.feedback.diagonal(dim1=1, dim2=2).mean())
     entries["kept"] = float((seen.feedback > 0).float().mean())
     return entries
 

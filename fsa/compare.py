@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fsa import viz
+from fsa.demo import TITLES
 from fsa.errors import InputError
 from fsa.inspection import PatchAttentions
 from fsa.result import Segmentation, make_directory, write_whole
@@ -120,7 +121,7 @@ def figure(
         viz.attention_map(crop, seen.adapted, seen.patch),
     ]
     kept = f"feedback A_f: {int(seen.kept.sum())} of {seen.kept.size} patches kept"
-    host = alone.settings["host"]
+    host = TITLES.get(alone.settings["host"], alone.settings["host"])
     colours = viz.palette(len(names))
     shades = viz.heat_colours(np.array([0.0, 0.5, 1.0]))
     legend = [(name, _triple(colour)) for name, colour in zip(names, colours, strict=True)]

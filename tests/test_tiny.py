@@ -158,7 +158,9 @@ def test_scenes_for_the_demo_and_the_guard_have_masks_of_their_own_classes(picto
         assert len(entries) == count
         for entry in entries:
             with Image.open(tmp_path / folder / entry["mask"]) as mask:
-                assert set(np.unique(np.asarray(mask))) == set(range(len(entry["classes"])))
+                present = set(np.unique(np.asarray(mask)))
+            asked = set(range(len(entry["classes"])))
+            assert present < asked if folder == "guard" else present == asked
 
 
 SHORT = train.Plan(crop_steps=2, small_steps=1, full_steps=1, warmup=1, workers=0, save_every=1)

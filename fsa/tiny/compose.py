@@ -96,7 +96,10 @@ SINGLES = (
     Split("single-synonyms", seed=119, synonyms=True, single=True),
 )
 GUARD = Split("guard", seed=120)
-GUARD_PICTURES = 16
+GUARD_PICTURES = 12
+
+NAMES = 20
+"""How many classes a picture is asked for where it is not all of them; VOC has as many."""
 
 _DEMO_SEED = 2026
 _DEMO_SIZES = ((336, 448), (336, 336), (336, 448), (448, 336), (336, 448), (336, 336))
@@ -119,26 +122,40 @@ def compose_demo(pictographs: Path, out: Path) -> None:
 
 
 def compose_guard(pictographs: Path, out: Path) -> None:
-    """Writes the held-out scenes of the tests, their masks and scenes.json."""
-    entries = []
-    for scenes in GUARD.scenes(pictographs, GUARD_PICTURES):
-        for row in range(len(scenes.pictures)):
-            entries.append(_write_scene(scenes, row, out, f"scene-{len(entries) + 1}"))
+    """Writes the held-out scenes of the tests, their masks and scenes.json.
+
+    All are asked for the classes that are in any of them.
+    """
+    (scenes,) = GUARD.scenes(pictographs, GUARD_PICTURES)
+    classes = np.unique(scenes.masks.cpu().numpy())
+    entries = [
+        _write_scene(scenes, row, out, f"scene-{row + 1}", classes) for row in range(GUARD_PICTURES)
+    ]
     _write_json(out / "scenes.json", entries)
 
 
-def _write_scene(scenes: Scenes, row: int, out: Path, name: str) -> dict[str, Any]:
-    """One picture with a mask of its own few classes; returns its entry of scenes.json."""
-    mask = scenes.masks[row].cpu().numpy()
+def asked_classes(mask: np.ndarray, split: Split, number: int) -> np.ndarray:
+    """The classes in a mask and others drawn to make `NAMES`, in order: (NAMES,)."""
     present = np.unique(mask)
+    rng = np.random.default_rng((split.seed, number, 2))
+    others = np.setdiff1d(np.arange(len(CLASSES)), present)
+    return np.sort(np.append(present, rng.choice(others, NAMES - len(present), replace=False)))
+
+
+def _write_scene(
+    scenes: Scenes, row: int, out: Path, name: str, classes: np.ndarray | None = None
+) -> dict[str, Any]:
+    """One picture with a mask of `classes`, by default its own; returns its entry of the list."""
+    mask = scenes.masks[row].cpu().numpy()
+    classes = np.unique(mask) if classes is None else classes
     out.mkdir(parents=True, exist_ok=True)
     _write_picture(scenes, row, out / f"{name}.png")
-    own = np.searchsorted(present, mask).astype(np.uint8)
+    own = np.searchsorted(classes, mask).astype(np.uint8)
     Image.fromarray(own).save(out / f"{name}-mask.png", optimize=True)
     return {
         "picture": f"{name}.png",
         "mask": f"{name}-mask.png",
-        "classes": [CLASSES[i].name for i in present],
+        "classes": [CLASSES[i].name for i in classes],
     }
 
 
