@@ -23,7 +23,7 @@ from fsa.segmentor import Segmentor
 
 SCENES = Path(__file__).parent.parent / "tests" / "scenes"
 FILE = SCENES / "guards.json"
-HOSTS = ("maskclip", "sclip", "clearclip", "proxyclip")
+HOSTS = ("maskclip", "sclip")
 DEVIATIONS = 4
 
 _COPIES = 4

@@ -42,8 +42,8 @@ def palette(count: int) -> np.ndarray:
     return np.array(colours, dtype=np.uint8).reshape(count, 3)
 
 
-def paint(rgb: np.ndarray, labels: np.ndarray, count: int, alpha: float = 0.55) -> np.ndarray:
-    """A picture tinted by its labels, with thin lines between regions.
+def paint(rgb: np.ndarray, labels: np.ndarray, count: int, alpha: float = 0.6) -> np.ndarray:
+    """A picture in grey tinted by its labels, with thin lines between regions.
 
     Args:
         rgb: (H,W,3) uint8.
@@ -53,8 +53,9 @@ def paint(rgb: np.ndarray, labels: np.ndarray, count: int, alpha: float = 0.55) 
     """
     known = (labels >= 0) & (labels < count)
     colours = palette(count)[np.where(known, labels, 0)]
-    weight = (alpha * known)[..., None]
-    painted = rgb * (1 - weight) + colours * weight
+    # In grey: colours of the picture would make others of those of the classes.
+    grey = rgb.mean(axis=-1, keepdims=True)
+    painted = np.where(known[..., None], grey * (1 - alpha) + colours * alpha, rgb)
     border = np.zeros(labels.shape, dtype=bool)
     border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     border[1:] |= labels[1:] != labels[:-1]
@@ -67,7 +68,7 @@ def overlay(
     labels: np.ndarray,
     names: Sequence[str],
     *,
-    alpha: float = 0.55,
+    alpha: float = 0.6,
     legend: bool = True,
 ) -> Image.Image:
     """A picture tinted by its labels, with the present classes and their shares beside it."""
