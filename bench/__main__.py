@@ -5,7 +5,10 @@ python -m bench gpu         the rows for a GPU, those that matter first, in unde
                             -> bench/results/gpu.json
 python -m bench memory      peak extra memory of the PyTorch path at the promised size
 python -m bench resources   what the kernels take of a chip, and their instructions; needs no GPU
-python -m bench tables      README, results page and plots from the results
+python -m bench quality     the embedded model with every host, without and with feedback
+                            -> bench/results/quality.json
+python -m bench guards      the margins of tests/test_quality.py from the present weights
+python -m bench tables      README, results page, model card and plots from the results
 
 python -m bench COMMAND --help says more.
 """
@@ -21,6 +24,8 @@ COMMANDS = {
     "gpu": "bench.runner",
     "memory": "bench.memory",
     "resources": "bench.resources",
+    "quality": "bench.quality",
+    "guards": "bench.guards",
     "tables": "bench.tables",
 }
 

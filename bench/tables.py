@@ -1,8 +1,8 @@
-"""Markdown tables from committed results, between markers of the README and of the results page.
+"""Markdown tables from committed results, between markers of README, results page and model card.
 
     python -m bench tables
 
-rewrites both and draws the plots. What was not measured is called that.
+rewrites them and draws the plots. What was not measured is called that.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from bench import quality_tables
 from bench import results_data as data
 from bench.marks import marks
 from bench.paper import LATENCY_MS, overhead
@@ -21,6 +22,7 @@ from bench.results_data import Record
 _FOLDER = Path(__file__).parent
 README = _FOLDER.parent / "README.md"
 PAGE = _FOLDER / "RESULTS.md"
+MODEL_CARD = _FOLDER.parent / "fsa" / "tiny" / "weights" / "MODEL_CARD.md"
 NOT_MEASURED = "not measured"
 
 _ORDER = ("published", "algebra", "torch.compile", "fsa torch", "fsa triton")
@@ -288,7 +290,7 @@ def tables(cpu: Record | None, gpu: Record | None) -> dict[str, str]:
     for figure in ("graph", "one_call"):
         made[f"speed-all-gpu-{figure}"] = speed_table(gpu, figure)
         made[f"host-gpu-{figure}"] = host_table(gpu, figure)
-    return made
+    return made | quality_tables.tables()
 
 
 def fill(text: str, made: dict[str, str]) -> str:
@@ -314,8 +316,9 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.parse_args(arguments[1:])
     cpu, gpu = data.load("cpu"), data.load("gpu")
-    for file in (README, PAGE):
-        file.write_text(fill(file.read_text(), tables(cpu, gpu)))
+    made = tables(cpu, gpu)
+    for file in (README, PAGE, MODEL_CARD):
+        file.write_text(fill(file.read_text(), made))
     try:
         from bench import plots
     except ModuleNotFoundError as error:

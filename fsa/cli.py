@@ -1,4 +1,4 @@
-"""The command `fsa`: segment pictures, evaluate, show the demo, say what this machine runs.
+"""The command `fsa`: segment pictures, compare them without and with feedback, evaluate, and more.
 
 Nothing heavy is imported before a command needs it, so that help and mistakes answer at once.
 """
@@ -42,6 +42,7 @@ class HostName(str, Enum):
     sclip = "sclip"
     clearclip = "clearclip"
     proxyclip = "proxyclip"
+    naclip = "naclip"
     qk = "qk"
     qq = "qq"
     kk = "kk"
@@ -173,6 +174,52 @@ def demo(
     from fsa.demo import run
 
     run(out)
+
+
+@app.command()
+def compare(
+    picture: Annotated[Path, typer.Argument(help="A picture.", show_default=False)],
+    classes: Annotated[
+        str, typer.Option(help='Class names: "cat; dog, puppy; grass". Commas part synonyms.')
+    ] = "",
+    classes_file: Annotated[
+        Path | None, typer.Option(help="The same from a file, one class a line.")
+    ] = None,
+    patch: Annotated[
+        str | None,
+        typer.Option(help="ROW,COL of the patch to look at; default the middle one."),
+    ] = None,
+    host: Annotated[HostName, typer.Option(help="The segmentor.")] = HostName.clearclip,
+    model: Annotated[
+        str, typer.Option(help='"tiny" (embedded), or an open_clip name such as ViT-B-16.')
+    ] = "tiny",
+    pretrained: Annotated[
+        str | None, typer.Option(help="A tag of open_clip's, or a checkpoint file.")
+    ] = None,
+    vfm: Annotated[
+        str | None, typer.Option(help="For proxyclip: dino, dinov2, sam, mae, layer, layer:K.")
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Side of the sliding window.")] = None,
+    stride: Annotated[int | None, typer.Option(help="From one window to the next.")] = None,
+    short_side: Annotated[
+        int | None, typer.Option(help="To which the picture is resized first.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    out: Annotated[Path, typer.Option(help="The picture that is written.")] = Path(
+        "fsa-compare.png"
+    ),
+) -> None:
+    """Show a picture's labels without and with FSA, and what one patch attends to, in one PNG."""
+    from fsa.compare import parse_patch, run
+
+    class_list = _classes(classes, classes_file)
+    place = parse_patch(patch) if patch is not None else None
+
+    from fsa.segmentor import load_segmentor
+
+    segmentor = load_segmentor(host.value, model, pretrained, vfm, device=device)
+    sizes = {"window": window, "stride": stride, "short_side": short_side}
+    typer.echo(run(segmentor, picture, class_list, out, patch=place, **sizes))
 
 
 @app.command()

@@ -13,9 +13,11 @@ from fsa import tiny, viz
 from fsa.metrics import confusion, mean_iou
 from fsa.result import make_directory, write_whole
 from fsa.segmentor import Segmentor, load_segmentor
+from fsa.tiny.pictographs import UNSEEN_STYLE
 
 HOSTS = ("maskclip", "sclip", "clearclip", "proxyclip")
-_TITLES = {
+TITLES = {
+    "clip": "CLIP",
     "maskclip": "MaskCLIP",
     "sclip": "SCLIP",
     "clearclip": "ClearCLIP",
@@ -61,7 +63,7 @@ def run(out: Path) -> None:
 
     titles = ["", ""]
     for host in HOSTS:
-        titles += [_TITLES[host], f"{_TITLES[host]} + FSA"]
+        titles += [TITLES[host], f"{TITLES[host]} + FSA"]
     legends = [
         [
             (name, tuple(int(c) for c in colour))
@@ -75,10 +77,15 @@ def run(out: Path) -> None:
         heading="The embedded model, each host without and with feedback self-adaptive attention",
         panel_width=210,
         legends=legends,
+        labels=[f"scene {n + 1}, {_style(scene)}" for n, scene in enumerate(scenes)],
     )
     write_whole(out, lambda stream: figure.save(stream, "PNG"))
     print(_table(scores, len(scenes)))
     print(f"wrote {out}")
+
+
+def _style(scene: tiny.DemoScene) -> str:
+    return "unseen style" if UNSEEN_STYLE in scene.styles else "trained styles"
 
 
 def _timed(
@@ -102,7 +109,7 @@ def _table(scores: dict[tuple[str, bool], list[tuple[float, float]]], pictures: 
     for host in HOSTS:
         alone, adapted = (np.mean(scores[host, feedback], axis=0) for feedback in (False, True))
         lines.append(
-            f"{_TITLES[host]:<10} {100 * alone[0]:6.1f} {100 * adapted[0]:6.1f} "
+            f"{TITLES[host]:<10} {100 * alone[0]:6.1f} {100 * adapted[0]:6.1f} "
             f"{100 * (adapted[0] - alone[0]):+6.1f}   {alone[1]:6.2f} {adapted[1]:6.2f}"
         )
     return "\n".join(lines)

@@ -48,7 +48,7 @@ class Segmentation:
         order = np.argsort(-counts, kind="stable")
         return {self.class_names[i]: float(counts[i] / self.labels.size) for i in order}
 
-    def overlay(self, alpha: float = 0.55, legend: bool = True) -> Image.Image:
+    def overlay(self, alpha: float = 0.6, legend: bool = True) -> Image.Image:
         """The picture tinted by its labels, with a legend beside it."""
         rgb = self.picture.rgb.permute(1, 2, 0).numpy()
         return viz.overlay(rgb, self.labels, self.class_names, alpha=alpha, legend=legend)

@@ -18,6 +18,7 @@ from fsa.config import SEGMENTATION_SCALE, FSAConfig
 from fsa.errors import InputError, named_out_of_memory
 from fsa.graphs import GraphCache
 from fsa.images import Picture, read_image
+from fsa.inspection import PatchAttentions, attentions
 from fsa.models import TINY, LoadedModel, load_model
 from fsa.result import Segmentation
 from fsa.text import Classes, TextEncoder, TextQueries, parse_classes
@@ -290,6 +291,72 @@ class Segmentor:
             picture=picture,
         )
 
+    def attentions_at(
+        self,
+        image: Any,
+        classes: Classes,
+        patch: tuple[int, int],
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        short_side: int | None = None,
+    ) -> PatchAttentions:
+        """What one patch of a picture attends to, before and after feedback.
+
+        Attention never leaves a window; of the windows that show the patch, this is the one whose
+        middle is nearest to it.
+
+        Args:
+            image, classes, window, stride, short_side: as in `segment`.
+            patch: row and column on the grid of patches of the resized picture, from 0.
+
+        Raises:
+            InputError: as `segment`; a patch that is not there; a segmentor without feedback.
+        """
+        if self.config is None:
+            raise InputError("this segmentor has no feedback to look at: take with_feedback(True)")
+        sizes = self._sizes(window, stride, short_side)
+        working = self._working_image(read_image(image), sizes.short_side)
+        height, width = working.shape[-2:]
+        patch_height, patch_width = self.host.tower.patch_size
+        rows, columns = math.ceil(height / patch_height), math.ceil(width / patch_width)
+        if not (0 <= patch[0] < rows and 0 <= patch[1] < columns):
+            raise InputError(
+                f"patch={patch[0]},{patch[1]} is not in the picture: it has rows 0 to {rows - 1} "
+                f"and columns 0 to {columns - 1} of patches"
+            )
+        y = min((patch[0] + 0.5) * patch_height, height - 1)
+        x = min((patch[1] + 0.5) * patch_width, width - 1)
+        parts = windows.plan(height, width, sizes.window, sizes.stride)
+        part = min(parts, key=lambda w: math.hypot(*_from_middle(w, y, x)))
+
+        queries = self._text.encode(classes)
+        padded, (top, left) = self._padded(working[(slice(None), *part.slices)][None])
+        vfm_features = self.vfm(padded) if self.vfm else None
+        seen = attentions(
+            self.host,
+            padded,
+            queries.features,
+            vfm_features=vfm_features,
+            config=self.config,
+        )
+        grid = self.host.grid(*padded.shape[-2:], vfm_features)
+        at = (
+            int((y - part.top + top) * grid[0] / padded.shape[-2]),
+            int((x - part.left + left) * grid[1] / padded.shape[-1]),
+        )
+        index = at[0] * grid[1] + at[1]
+        rows_of = (m[0, index].unflatten(0, grid) for m in (seen.host, seen.feedback, seen.adapted))
+        host, feedback, adapted = (row.float().cpu().numpy() for row in rows_of)
+        return PatchAttentions(
+            size=(height, width),
+            area=windows.Window(part.top - top, part.left - left, *padded.shape[-2:]),
+            patch=at,
+            host=host,
+            feedback=feedback,
+            adapted=adapted,
+        )
+
     def _sizes(self, window: int | None, stride: int | None, short_side: int | None) -> _Protocol:
         default = _TINY if self.loaded.name == TINY else _PAPER
         window = default.window if window is None else window
@@ -382,16 +449,24 @@ class Segmentor:
             queries: from `encode`.
         """
         height, width = crops.shape[-2:]
-        of_vfm = self.vfm.multiple if self.vfm else 1
-        multiple = tuple(math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
-        padded, (top, left) = windows.pad_to_multiple(crops, multiple)
-        padded = padded.to(self.loaded.dtype)
+        padded, (top, left) = self._padded(crops)
         forward = self.forward if self.graphs is None else self.graphs
         cosines = forward(padded, queries.features)
         # One window at a time: at full size all of them, for all queries, are large.
         for maps in cosines.split(1):
             maps = functional.interpolate(maps, size=padded.shape[-2:], mode="bilinear")
             yield maps[0, :, top : top + height, left : left + width]
+
+    def _padded(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Windows padded to whole patches, in the model's type, and where they begin in that."""
+        of_vfm = self.vfm.multiple if self.vfm else 1
+        multiple = tuple(math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
+        padded, corner = windows.pad_to_multiple(crops, multiple)
+        return padded.to(self.loaded.dtype), corner
+
+
+def _from_middle(window: windows.Window, y: float, x: float) -> tuple[float, float]:
+    return window.top + window.height / 2 - y, window.left + window.width / 2 - x
 
 
 def _host_name(host: str | hosts.ReadOutFunction) -> str:

@@ -27,6 +27,9 @@ _FIRST_COLOURS = (
     (153, 153, 153),
 )
 _GOLDEN_TURN = 0.618033988749895
+# The colour map cividis (Nunez, Anderton and Renslow, 2018), made for colour-blind readers.
+_HEAT = ((0, 34, 78), (62, 81, 107), (124, 123, 120), (187, 173, 108), (254, 232, 56))
+_HATCH = 6
 _INK = (25, 25, 25)
 _PAPER = (255, 255, 255)
 _GAP = 10
@@ -68,8 +71,8 @@ def palette(count: int) -> np.ndarray:
     return np.array(colours, dtype=np.uint8).reshape(count, 3)
 
 
-def paint(rgb: np.ndarray, labels: np.ndarray, count: int, alpha: float = 0.55) -> np.ndarray:
-    """A picture tinted by its labels, with thin lines between regions.
+def paint(rgb: np.ndarray, labels: np.ndarray, count: int, alpha: float = 0.6) -> np.ndarray:
+    """A picture in grey tinted by its labels, with thin lines between regions.
 
     Args:
         rgb: (H,W,3) uint8.
@@ -96,7 +99,10 @@ def paint(rgb: np.ndarray, labels: np.ndarray, count: int, alpha: float = 0.55) 
         strip = slice(top, min(top + rows, height))
         inside = labels[strip]
         index = np.where((inside >= 0) & (inside < count), inside, count)
-        tinted = rgb[strip] * remaining[index] + colours[index]
+        # In grey: colours of the picture would make others of those of the classes.
+        grey = rgb[strip].mean(axis=-1, keepdims=True, dtype=np.float32)
+        base = np.where((index < count)[..., None], grey, rgb[strip])
+        tinted = base * remaining[index] + colours[index]
         border = np.zeros(inside.shape, dtype=bool)
         border[:, 1:] = inside[:, 1:] != inside[:, :-1]
         above = labels[max(top - 1, 0) : strip.stop - 1]
@@ -111,7 +117,7 @@ def overlay(
     labels: np.ndarray,
     names: Sequence[str],
     *,
-    alpha: float = 0.55,
+    alpha: float = 0.6,
     legend: bool = True,
 ) -> Image.Image:
     """A picture tinted by its labels, with the present classes and their shares beside it.
@@ -202,6 +208,68 @@ def _drawn(letter: str, font: ImageFont.FreeTypeFont) -> tuple[tuple[int, int], 
     return mask.size, bytes(mask)
 
 
+def heat_colours(values: np.ndarray) -> np.ndarray:
+    """Colours (...,3) uint8 of values in [0, 1], from dark blue to yellow."""
+    places = np.linspace(0, 1, len(_HEAT))
+    channels = [np.interp(values, places, channel) for channel in zip(*_HEAT, strict=True)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def attention_map(
+    rgb: np.ndarray,
+    row: np.ndarray,
+    patch: tuple[int, int],
+    *,
+    kept: np.ndarray | None = None,
+    alpha: float = 0.7,
+) -> Image.Image:
+    """A picture with what one of its patches attends to.
+
+    Args:
+        rgb: (H,W,3) uint8, covered by the grid of patches.
+        row: (gh,gw), the patch's attention; the colour is the share of the largest that another
+            patch gets.
+        patch: its row and column, outlined.
+        kept: (gh,gw) bool; the others are hatched.
+        alpha: how much of the colour, in [0, 1].
+    """
+    height, width = rgb.shape[:2]
+    others = row.copy()
+    others[patch] = 0
+    colours = heat_colours(np.clip(row / max(others.max(), 1e-12), 0, 1))
+    rows = np.arange(height) * row.shape[0] // height
+    columns = np.arange(width) * row.shape[1] // width
+    grey = rgb.mean(axis=-1, keepdims=True)
+    painted = grey * (1 - alpha) + colours[rows][:, columns] * alpha
+    if kept is not None:
+        down, across = np.indices((height, width))
+        stripes = (down + across) // _HATCH % 2 == 0
+        pruned = ~kept[rows][:, columns]
+        painted[pruned] = 0.5 * grey[pruned] + 127
+        painted[pruned & stripes] *= 0.75
+    image = Image.fromarray(painted.round().clip(0, 255).astype(np.uint8))
+    box = (
+        patch[1] * width / row.shape[1],
+        patch[0] * height / row.shape[0],
+        (patch[1] + 1) * width / row.shape[1] - 1,
+        (patch[0] + 1) * height / row.shape[0] - 1,
+    )
+    return outlined(image, box)
+
+
+def outlined(
+    picture: Image.Image, box: tuple[float, float, float, float], width: int = 2
+) -> Image.Image:
+    """A copy with a box (left, top, right, bottom) drawn in white between lines of black."""
+    copy = picture.copy()
+    draw = ImageDraw.Draw(copy)
+    left, top, right, bottom = (round(side) for side in box)
+    for inset, colour in ((-width, _INK), (0, _PAPER), (width, _INK)):
+        lines = (left + inset, top + inset, right - inset, bottom - inset)
+        draw.rectangle(lines, outline=colour, width=width)
+    return copy
+
+
 def _percent(share: float) -> str:
     return f"{share:.0%}" if share >= 0.01 else "<1%"
 
@@ -221,6 +289,7 @@ def grid(
     heading: str = "",
     panel_width: int = 260,
     legends: Sequence[Sequence[tuple[str, tuple[int, int, int]]]] = (),
+    labels: Sequence[str] = (),
 ) -> Image.Image:
     """Panels in rows and columns on white.
 
@@ -230,6 +299,7 @@ def grid(
         heading: over all.
         panel_width: of every picture, in pixels.
         legends: for each row, names and colours written under it.
+        labels: for each row, what it is, written upwards to its left.
     """
     font = ImageFont.load_default(max(13, panel_width // 17))
     bold = ImageFont.load_default(max(15, panel_width // 14))
@@ -245,8 +315,9 @@ def grid(
         for row in rows
     ]
     columns = max(len(row) for row in rows)
-    width = columns * (panel_width + _GAP) + _GAP
-    legend_rows = [_wrapped(legend, font, width - 2 * _GAP) for legend in legends]
+    margin = _GAP + (line if labels else 0)
+    width = columns * (panel_width + _GAP) + margin
+    legend_rows = [_wrapped(legend, font, width - margin - _GAP) for legend in legends]
     heights = [max(picture.height for picture in row) for row in scaled]
     header = (round(bold.size * 1.9) if heading else 0) + (line + 4 if titles else 0) + _GAP
     total = header
@@ -259,15 +330,20 @@ def grid(
     draw = ImageDraw.Draw(canvas)
     top = _GAP
     if heading:
-        draw.text((_GAP, top), heading, font=bold, fill=_INK)
+        draw.text((margin, top), heading, font=bold, fill=_INK)
         top += round(bold.size * 1.9)
     for column, title in enumerate(titles):
-        middle = _GAP + column * (panel_width + _GAP) + panel_width // 2
+        middle = margin + column * (panel_width + _GAP) + panel_width // 2
         draw.text((middle, top), title, font=font, fill=_INK, anchor="ma")
     top = header
     for number, row in enumerate(rows):
+        if number < len(labels):
+            upright = Image.new("RGB", (heights[number], line), _PAPER)
+            middle = (heights[number] // 2, line // 2)
+            ImageDraw.Draw(upright).text(middle, labels[number], font=font, fill=_INK, anchor="mm")
+            canvas.paste(upright.rotate(90, expand=True), (_GAP // 2, top))
         for column, panel in enumerate(row):
-            left = _GAP + column * (panel_width + _GAP)
+            left = margin + column * (panel_width + _GAP)
             canvas.paste(scaled[number][column], (left, top))
             middle = left + panel_width // 2
             anchor = (middle, top + heights[number] + line // 2)
@@ -275,7 +351,7 @@ def grid(
         top += heights[number] + line + _GAP
         if number < len(legend_rows):
             for entries in legend_rows[number]:
-                left = _GAP
+                left = margin
                 for name, colour, length in entries:
                     box = (left, top, left + font.size, top + font.size)
                     draw.rectangle(box, fill=colour, outline=_INK)

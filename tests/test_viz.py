@@ -62,3 +62,41 @@ def test_iou_by_hand():
     assert matrix[0].tolist() == [1, 1, 0, 0]
     np.testing.assert_allclose(iou(matrix), [1 / 3, 3 / 4, 1 / 2, np.nan])
     assert mean_iou(matrix) == pytest.approx((1 / 3 + 3 / 4 + 1 / 2) / 3)
+
+
+def test_rows_of_a_grid_are_labelled():
+    picture = Image.new("RGB", (40, 40), (200, 0, 0))
+    plain = viz.grid([[viz.Panel(picture)]] * 2, panel_width=100)
+    labelled = viz.grid([[viz.Panel(picture)]] * 2, panel_width=100, labels=["one", "two"])
+    margin = labelled.width - plain.width
+    assert margin > 10
+    ink = np.asarray(labelled.convert("L"))[:, :margin] < 128
+    assert ink[: ink.shape[0] // 2].any()
+    assert ink[ink.shape[0] // 2 :].any()
+
+
+def test_an_attention_map_shows_where_attention_goes_and_what_was_pruned():
+    rgb = np.full((80, 120, 3), 128, np.uint8)
+    row = np.array([[0.5, 0.0, 0.1], [0.2, 0.0, 0.0]])
+    drawn = np.asarray(viz.attention_map(rgb, row, (0, 0), alpha=1.0)).astype(int)
+    none, half, largest = viz.heat_colours(np.array([0, 0.5, 1])).astype(int)
+    for (patch_row, column), colour in (
+        ((0, 1), none),
+        ((0, 2), half),
+        ((1, 0), largest),
+    ):
+        middle = drawn[patch_row * 40 + 20, column * 40 + 20]
+        assert np.abs(middle - colour).max() <= 1
+    assert (drawn[:4, :40] == 255).all(axis=-1).any()  # The outline.
+
+    kept = row > 0
+    hatched = np.asarray(viz.attention_map(rgb, row, (0, 0), kept=kept))
+    for at, is_kept in np.ndenumerate(kept):
+        if at != (0, 0):
+            tile = hatched[at[0] * 40 + 8 : at[0] * 40 + 32, at[1] * 40 + 8 : at[1] * 40 + 32]
+            assert (len(np.unique(tile.reshape(-1, 3), axis=0)) == 1) == is_kept
+
+
+def test_heat_grows_lighter_throughout():
+    lightness = viz.heat_colours(np.linspace(0, 1, 20)) @ np.array([0.2126, 0.7152, 0.0722])
+    assert (np.diff(lightness) > 0).all()

@@ -41,6 +41,7 @@ def adapted_heads(
     backend: str,
     *,
     residual: bool,
+    observe: Callable[[Tensor, Tensor | None], None] | None = None,
 ) -> Tensor:
     """The feedback loop: what the heads gather under the adapted attention, (B,H,N,d).
 
@@ -52,6 +53,7 @@ def adapted_heads(
         config: how feedback is computed.
         backend: of the ops.
         residual: whether the tail adds each patch's own token.
+        observe: called with the patch logits and the uniform logits of each iteration.
     """
     heads = attention.attended
     uniform = None
@@ -67,9 +69,12 @@ def adapted_heads(
     uniform_logits = None if uniform is None else uniform * config.uniform_logit_scale
     for number in range(config.iterations):
         cosines = first if number == 0 else _cosines(tail(heads), text_features)
+        patch_logits = cosines * config.logit_scale
+        if observe is not None:
+            observe(patch_logits, uniform_logits)
         heads = ops.feedback_step(
             attention.value,
-            cosines * config.logit_scale,
+            patch_logits,
             uniform_logits,
             attention.apply,
             attended=attention.attended,
@@ -146,7 +151,7 @@ class Host(nn.Module):
         attention = self.attention(tokens, images, vfm_features)
 
         def tail(heads: Tensor) -> Tensor:
-            return self._tail(tokens, heads)
+            return self.tail(tokens, heads)
 
         if config is None:
             return tail(attention.attended)
@@ -161,7 +166,7 @@ class Host(nn.Module):
         """The attention of the last block for the tokens (B,1+N,D) of images (B,3,H,W)."""
         raise NotImplementedError
 
-    def _tail(self, tokens: Tensor, heads: Tensor) -> Tensor:
+    def tail(self, tokens: Tensor, heads: Tensor) -> Tensor:
         """From what the heads gathered, (B,H,N,d) or (B,H,1,d), to features in the shared space."""
         branch = self.tower.attention_branch(heads)
         if self.residual:

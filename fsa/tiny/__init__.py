@@ -48,11 +48,13 @@ class DemoScene:
     Attributes:
         picture, mask: files; the mask holds the index into `classes`, 255 is unlabelled.
         classes: names of the classes.
+        styles: of the pictographs.
     """
 
     picture: Path
     mask: Path
     classes: tuple[str, ...]
+    styles: tuple[str, ...]
 
 
 def weights_path() -> Path:
@@ -99,6 +101,11 @@ def load(device: torch.device | str | None = None, dtype: torch.dtype | None = N
 def demo_scenes() -> list[DemoScene]:
     """The shipped pictures of `fsa demo`."""
     return [
-        DemoScene(_DEMO / entry["picture"], _DEMO / entry["mask"], tuple(entry["classes"]))
+        DemoScene(
+            _DEMO / entry["picture"],
+            _DEMO / entry["mask"],
+            tuple(entry["classes"]),
+            tuple(entry["styles"]),
+        )
         for entry in json.loads((_DEMO / "scenes.json").read_text())
     ]
