@@ -1,7 +1,7 @@
 """Runs the registry's jobs in order of importance and writes what was measured as data.
 
     python -m bench cpu|gpu [--only op,step,host,picture,memory,numerics] [--budget SECONDS]
-                            [--out FILE]
+                            [--out FILE] [--commit NAME]
 
 Exits with 1 where this library failed, or was less exact than the tests allow.
 """
@@ -48,6 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--only", type=_only, default=ONLY, help="default: everything")
     parser.add_argument("--budget", type=float, default=450, help="seconds; default 450")
     parser.add_argument("--out", type=Path, help="default bench/results/{cpu,gpu}.json")
+    parser.add_argument("--commit", help="to record, where the code was copied without its history")
     options = parser.parse_args(arguments)
     if options.what == "gpu" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: `python -m bench gpu` needs one")
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str]) -> int:
         dtype=torch.float16 if on_gpu else torch.float32,
         budget=options.budget,
         only=options.only,
+        commit=options.commit,
     )
     for complaint in complaints(record):
         print(complaint, file=sys.stderr)
@@ -83,6 +85,7 @@ def run(
     dtype: torch.dtype,
     budget: float,
     only: Sequence[str] = ONLY,
+    commit: str | None = None,
 ) -> dict[str, Any]:
     """Does jobs until the budget is used up; writes the file after every one.
 
@@ -92,10 +95,11 @@ def run(
         device, dtype: of the inputs.
         budget: seconds; rows that were not begun by then are left out and named.
         only: which rows are timed, and whether memory and numerics are measured.
+        commit: of the code; default what git says.
     """
     start = time.monotonic()
     record: dict[str, Any] = {
-        "environment": environment(device),
+        "environment": environment(device) | ({"commit": commit} if commit else {}),
         "dtype": str(dtype).removeprefix("torch."),
         "unit": "ms; memory in bytes",
         "budget": budget,

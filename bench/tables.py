@@ -26,7 +26,7 @@ MODEL_CARD = _FOLDER.parent / "fsa" / "tiny" / "weights" / "MODEL_CARD.md"
 NOT_MEASURED = "not measured"
 
 _ORDER = ("published", "algebra", "torch.compile", "fsa torch", "fsa triton")
-_MODES = ("published off", "published on", "fsa off", "fsa on")
+MODES = ("published off", "published on", "fsa off", "fsa on")
 _FIGURES = {
     "series": "calls one after another",
     "one_call": "one call alone, until the device has finished",
@@ -73,7 +73,7 @@ def host_table(record: Record | None, figure: str = "series") -> str:
     lines = [
         [
             row["name"],
-            *(_time_cell(row, name, figure) for name in _MODES),
+            *(_time_cell(row, name, figure) for name in MODES),
             _number(data.overhead(row, "published", time), "%"),
             _number(data.overhead(row, "fsa", time), "%"),
             _number(overhead(row["host"], row["backbone"]), "%"),
@@ -103,7 +103,7 @@ def picture_table(record: Record | None) -> str:
     lines = [
         [
             row["name"],
-            *(_time_cell(row, name, "series") for name in _MODES),
+            *(_time_cell(row, name, "series") for name in MODES),
             _number(
                 data.ratio(*(data.median(row, f"{who} on") for who in ("published", "fsa"))), "×"
             ),
@@ -208,7 +208,7 @@ def _measured(record: Record | None, key: str) -> list[Record]:
 def _present(rows: list[Record], key: str) -> list[str]:
     return [
         name
-        for name in (*_ORDER, *_MODES)
+        for name in (*_ORDER, *MODES)
         if any(key in row["contenders"].get(name, {}) for row in rows)
     ]
 

@@ -8,8 +8,11 @@ a new process without that contender, whose record says what happened.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -226,6 +229,9 @@ class Worker:
         """Ends the process, whatever it is doing."""
         if self._process is not None:
             self._connection.close()
+            # With the processes that it started itself: compilers, probes of memory.
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
             self._process.join()
             self._process = None
@@ -233,6 +239,7 @@ class Worker:
 
 def _serve(connection: Connection, device: torch.device, dtype: torch.dtype) -> None:
     """The other process: does jobs until the connection is closed."""
+    os.setsid()
     while True:
         try:
             job, skip = connection.recv()

@@ -21,6 +21,7 @@ from bench import (
     memory,
     numerics,
     paper,
+    plots,
     published,
     registry,
     results_data,
@@ -79,7 +80,7 @@ def test_the_compiled_contender_is_the_algebra_in_one_graph(monkeypatch):
     assert difference < RELATIVE_ERROR[FLOAT]
 
 
-def test_published_softmax_comes_after_repeating_per_head():
+def test_published_adapt_takes_the_scaled_similarity():
     generator = torch.Generator().manual_seed(0)
     scaled = torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)
     attention = torch.randn(8, 6, 6, generator=generator, dtype=torch.float64)
@@ -168,9 +169,9 @@ def test_published_proxyclip_gives_the_published_outputs(name, feedback):
     [
         (OpRow("op", 2, 16, 3), {"published", "algebra", "fsa torch"}),
         (OpRow("step", 1, 16, 3), {"published", "algebra", "fsa torch"}),
-        (HostRow("clearclip", TOY_BACKBONE, side=64, C=3), set(tables._MODES)),
-        (HostRow("proxyclip", TOY_BACKBONE, side=32, C=3), set(tables._MODES)),
-        (PictureRow("sclip", TOY_BACKBONE, 112, 144, 112, 56, 3), set(tables._MODES)),
+        (HostRow("clearclip", TOY_BACKBONE, side=64, C=3), set(tables.MODES)),
+        (HostRow("proxyclip", TOY_BACKBONE, side=32, C=3), set(tables.MODES)),
+        (PictureRow("sclip", TOY_BACKBONE, 112, 144, 112, 56, 3), set(tables.MODES)),
     ],
     ids=lambda value: value.name if isinstance(value, Row) else "",
 )
@@ -382,7 +383,10 @@ def test_failures_and_inexactness_of_ours_are_complaints():
 
 def test_rows_beyond_the_budget_are_named_not_estimated(tmp_path):
     jobs = [Job(OpRow("op", 1, 16, 3), ("time",))]
-    record = runner.run(jobs, tmp_path / "run.json", device=CPU, dtype=FLOAT, budget=-1)
+    record = runner.run(
+        jobs, tmp_path / "run.json", device=CPU, dtype=FLOAT, budget=-1, commit="abc"
+    )
+    assert record["environment"]["commit"] == "abc"
     assert record["not_begun"] == ["op B=1 N=16 C=3: time"]
     assert record["rows"] == []
 
@@ -508,7 +512,6 @@ def test_committed_tables_are_those_of_the_committed_results(file):
 
 
 def test_the_plot_is_drawn_with_and_without_results(tmp_path):
-    plots = pytest.importorskip("bench.plots", reason="needs matplotlib")
     for number, record in enumerate((None, made_up_record())):
         file = tmp_path / f"{number}.png"
         plots.draw(None, record, file)
