@@ -7,8 +7,9 @@ Two protocols, with published constants only:
 - `all names`: every picture is asked for all classes of the vocabulary.
 
 Either way there is one confusion matrix of all classes per split, and mIoU is the mean over the
-classes that its masks hold. Labels and masks are compared at every fourth pixel in each direction. Intervals
-come from resampling the pictures; those of a gain from resampling host and host + FSA together.
+classes that its masks hold. Labels and masks are compared at every fourth pixel in each direction.
+Intervals come from resampling the pictures; those of a gain from resampling host and host + FSA
+together.
 """
 
 from __future__ import annotations
