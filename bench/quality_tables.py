@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from bench.quality import ABLATED_HOSTS, FILE, HOSTS, PROTOCOLS, TOP_K
+from bench.quality import ABLATED_HOSTS, AS_PUBLISHED, FILE, HOSTS, PROTOCOLS, TOP_K
 
 _TITLES = {
     "clip": "CLIP",
@@ -37,22 +37,22 @@ _PRUNINGS = {
         for scaling in ("off", "on")
     },
 }
-_PRUNINGS["confidence 0.45, with scaling"] = "published"
+_PRUNINGS["confidence 0.45, with scaling"] = AS_PUBLISHED
 _ISOLATION = {
     "no feedback": "host",
     "without isolation": "isolation off",
-    "with isolation": "published",
+    "with isolation": AS_PUBLISHED,
 }
 _ADAPTATIONS = {
     "no feedback": "host",
     "A_f·A": "adaptation after",
     "A·A_f": "adaptation before",
     "A_f": "adaptation only",
-    "ensemble": "published",
+    "ensemble": AS_PUBLISHED,
 }
 _OTHERS = {
     "no feedback": "host",
-    "KL divergence, one iteration": "published",
+    "KL divergence, one iteration": AS_PUBLISHED,
     "cosine similarity, one iteration": "similarity cosine",
     "KL divergence, two iterations": "iterations 2",
 }
@@ -106,7 +106,7 @@ def _ablation(record: dict[str, Any], settings: dict[str, str]) -> str:
         row = [title]
         for host in ABLATED_HOSTS:
             if what == "host":
-                value = _score(split, host, protocol, "published")["alone"]["value"]
+                value = _score(split, host, protocol, AS_PUBLISHED)["alone"]["value"]
             else:
                 value = _score(split, host, protocol, what)["fsa"]["value"]
             row.append(f"{value:.1f}")
@@ -124,7 +124,7 @@ def _patches(record: dict[str, Any]) -> str:
     header = ["host"]
     for k in TOP_K:
         header += [f"top-{k}", "+ FSA"]
-    header += ["on own class: A", "A_f", "adapted", "uniform"]
+    header += ["on own class: A", "A_f", "adapted", "uniform", "on itself: A_f"]
     rows = []
     for entry in record["splits"][0]["patches"]:
         row = [_TITLES[entry["host"]]]
@@ -133,6 +133,7 @@ def _patches(record: dict[str, Any]) -> str:
         row += [
             _percent(entry[f"purity {name}"]) for name in ("host", "feedback", "adapted", "uniform")
         ]
+        row.append(_percent(entry["feedback itself"]))
         rows.append(row)
     return _table(header, rows)
 
