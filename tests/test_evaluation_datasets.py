@@ -105,6 +105,25 @@ NAMES = {
 }
 
 
+COCO_CATEGORIES = {
+    11: "fire hydrant",
+    13: "stop sign",
+    25: "giraffe",
+    27: "backpack",
+    28: "umbrella",
+    31: "handbag",
+    44: "bottle",
+    46: "wine glass",
+    65: "bed",
+    67: "dining table",
+    70: "toilet",
+    72: "tv",
+    82: "refrigerator",
+    84: "book",
+    90: "toothbrush",
+}
+
+
 def make(name, root):
     """A tree of two pictures; others lie beside them where the real tree has a split."""
     home, image, mask, split, (stored, _), _ = TREES[name]
@@ -277,6 +296,11 @@ def test_coco_objects_are_made_from_coco_stuff(tmp_path):
     assert objects.read_mask(objects.samples[1].mask).tolist() == [[1, 12, 80], [0, 0, 0]]
     stuff = datasets.open_dataset("coco_stuff", tmp_path)
     assert stuff.read_mask(stuff.samples[1].mask).tolist() == [[0, 11, 79], [80, 170, -1]]
+    # COCO's own ids, from 1, on both sides of each gap.
+    for identifier, name in COCO_CATEGORIES.items():
+        assert datasets.class_list("coco_object")[convert.table("coco_object")[identifier - 1]] == (
+            name,
+        )
     # Every class is reached once, by the ids that COCO uses.
     assert sorted(set(convert.table("coco_stuff")) - {-1, 255}) == list(range(171))
     assert sorted(set(convert.table("coco_object")) - {-1}) == list(range(81))

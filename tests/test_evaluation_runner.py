@@ -404,3 +404,13 @@ def test_resizing_rounds_and_does_not_smooth():
     assert half.dtype == torch.uint8
     assert half.unique().tolist() == [128]
     assert torch.equal(loading.resize(image, (8, 8), False), image)
+
+
+def test_a_name_in_two_classes_is_taken_where_it_is_asked_for(segmentor):
+    """COCO-Object's background goes by "bed" too."""
+    classes = [["sky", "bed"], "cat", "bed"]
+    with pytest.raises(InputError, match="'bed' twice"):
+        segmentor.encode(classes)
+    queries = segmentor.encode(classes, allow_repeats=True)
+    assert queries.class_index.tolist() == [0, 0, 1, 2]
+    assert torch.equal(queries.features[1], queries.features[3])
