@@ -37,8 +37,9 @@ RELATIVE_ERROR = {
 # threshold for its decision to be called rounding. It is inherited from the similarities: 1e-6.
 DECISION_MARGIN = 5e-6
 
-# How far a similarity may lie from the lowest kept or the highest dropped one of its row for their
-# order to be called rounding: a KL in float32 is off by up to 5e-6, and two of them are compared.
+# How far a kept similarity may lie from the highest dropped one of its row, and a dropped one from
+# the lowest kept, for their order to be called rounding: a KL in float32 is off by up to 5e-6, and
+# two of them are compared.
 SIMILARITY_MARGIN = 1e-5
 
 
@@ -68,10 +69,9 @@ def unexplained_decisions(kept: Tensor, similarities: Tensor, config: FSAConfig)
     exact = reference.kept_patches(similarities, config)
     lowest = similarities.masked_fill(~exact, math.inf).amin(dim=-1, keepdim=True)
     highest = similarities.masked_fill(exact, -math.inf).amax(dim=-1, keepdim=True)
-    beyond_rounding = (
-        ((mass - config.confidence).abs() > DECISION_MARGIN)
-        & ((similarities - lowest).abs() > SIMILARITY_MARGIN)
-        & ((similarities - highest).abs() > SIMILARITY_MARGIN)
+    other_side = torch.where(exact, highest, lowest)
+    beyond_rounding = ((mass - config.confidence).abs() > DECISION_MARGIN) & (
+        (similarities - other_side).abs() > SIMILARITY_MARGIN
     )
     return int(((kept != exact) & beyond_rounding).sum())
 

@@ -38,7 +38,13 @@ from bench.resources import hot_loop
 from bench.rows import OpRow
 from bench.worker import DeviceLost, Job, Worker, measure
 from fsa import FSAConfig, hosts, reference
-from tests.accuracy import MODEL_VECTORS, RELATIVE_ERROR, relative_error, vector
+from tests.accuracy import (
+    MODEL_VECTORS,
+    RELATIVE_ERROR,
+    relative_error,
+    unexplained_decisions,
+    vector,
+)
 
 CPU = torch.device("cpu")
 FLOAT = torch.float32
@@ -205,6 +211,22 @@ def test_an_entry_that_rounds_to_zero_is_no_decision():
     assert numerics.judge(half, against)["decisions_that_differ"] == 0
     half[0, 1, 0] = 0
     assert numerics.judge(half, against)["decisions_that_differ"] == pytest.approx(1 / 9)
+
+
+def test_only_near_ties_at_the_rows_threshold_may_be_decided_by_rounding():
+    row = torch.linspace(0.9, 0.1, 12, dtype=torch.float64)
+    kept = reference.kept_patches(row[None, None], FSAConfig())[0, 0]
+    lowest = int(kept.sum()) - 1
+
+    def unexplained(gap: float) -> int:
+        similarities = row.clone()
+        similarities[lowest + 1] = similarities[lowest] - gap
+        swapped = kept.clone()
+        swapped[[lowest, lowest + 1]] = swapped[[lowest + 1, lowest]]
+        return unexplained_decisions(swapped[None, None], similarities[None, None], FSAConfig())
+
+    assert unexplained(1e-7) == 0
+    assert unexplained(1e-3) == 2
 
 
 def test_limits_hold_for_this_library_only():
