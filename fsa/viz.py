@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fsa.errors import InputError
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, with dark grey for their black,
-# which is lost on a picture's shadows.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, with a dark grey for their
+# black, which is lost on a picture's shadows.
 _FIRST_COLOURS = (
     (230, 159, 0),
     (86, 180, 233),
