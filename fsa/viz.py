@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fsa.errors import InputError
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, with grey for their black,
-# which is lost on a picture's shadows.
+# Okabe and Ito's colours, which colour-blind readers can tell apart, with a dark grey for their
+# black, which is lost on a picture's shadows.
 _FIRST_COLOURS = (
     (230, 159, 0),
     (86, 180, 233),
@@ -24,7 +24,7 @@ _FIRST_COLOURS = (
     (0, 114, 178),
     (213, 94, 0),
     (204, 121, 167),
-    (153, 153, 153),
+    (90, 90, 90),
 )
 _GOLDEN_TURN = 0.618033988749895
 # The colour map cividis (Nunez, Anderton and Renslow, 2018), made for colour-blind readers.

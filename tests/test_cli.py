@@ -69,6 +69,20 @@ def test_options_reach_the_segmentor(run, picture, tmp_path):
     assert record["classes"] == ["cat", "dog", "nothing"]
 
 
+def test_the_cache_directory_reaches_the_loader(run, picture, tmp_path, monkeypatch):
+    seen = []
+
+    def download(*_, cache_dir):
+        seen.append(cache_dir)
+
+    monkeypatch.setattr("fsa.models.download_pretrained", download)
+    monkeypatch.setattr("fsa.models._hub_answers", lambda: True)
+    options = ["--model", "ViT-B-16", "--cache-dir", tmp_path / "cache", "--out", tmp_path / "out"]
+    code, _, stderr = run("segment", picture, "--classes", "cat", *options)
+    assert (code, "cannot be reached" in stderr) == (1, True)
+    assert seen == [str(tmp_path / "cache")]
+
+
 def test_without_feedback(run, picture, tmp_path):
     out = tmp_path / "out"
     arguments = ["segment", picture, "--classes", "cat; dog", "--no-feedback", "--out", out]

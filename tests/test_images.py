@@ -125,10 +125,6 @@ def test_enormous_pictures_are_refused_before_they_are_decoded(tmp_path):
     Image.new("1", (3000, 2000)).save(file)
     with pytest.raises(InputError, match=r"huge\.png: the picture of 3000 x 2000 has more than 5"):
         read_image(file, max_pixels=5_000_000)
-    bomb = tmp_path / "bomb.png"
-    Image.new("1", (20000, 20000)).save(bomb)
-    with pytest.raises(InputError, match="100 megapixels"):
-        read_image(bomb)
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,64 @@ def test_a_hub_out_of_reach_is_said_in_words(monkeypatch):
     assert caught.value.__suppress_context__
 
 
+class _Silent:
+    """A hub that cannot be reached, and counts how often that was tried."""
+
+    tried = 0
+
+    def head(self, *_, **__):
+        self.tried += 1
+        raise OSError("no route to host")
+
+    request = get = stream = send = head
+
+
+def test_a_hub_out_of_reach_is_asked_once(monkeypatch, tmp_path):
+    silent = _Silent()
+    monkeypatch.setattr(models, "get_session", lambda: silent)
+    monkeypatch.setattr(models.hub, "HF_HUB_OFFLINE", False)
+    sleeps = []
+    monkeypatch.setattr("time.sleep", sleeps.append)
+    modes = []
+
+    def download(settings, cache_dir):
+        modes.append(models.hub.HF_HUB_OFFLINE)
+        return open_clip.pretrained.download_pretrained(settings, cache_dir=cache_dir)
+
+    monkeypatch.setattr(models, "download_pretrained", download)
+    with pytest.raises(ModelUnavailableError, match="cannot be reached"):
+        models.load_model("ViT-B-16", cache_dir=str(tmp_path))
+    assert (silent.tried, modes, sleeps) == (1, [True], [])
+    assert models.hub.HF_HUB_OFFLINE is False
+
+
+def test_a_hub_that_answers_at_all_is_used(monkeypatch, tmp_path):
+    class Answering:
+        def head(self, *_, **__):
+            return "an error 401, say"
+
+    modes = []
+
+    def download(*_, **__):
+        modes.append(models.hub.HF_HUB_OFFLINE)
+
+    monkeypatch.setattr(models, "get_session", Answering)
+    monkeypatch.setattr(models.hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "download_pretrained", download)
+    with pytest.raises(ModelUnavailableError):
+        models.load_model("ViT-B-16", cache_dir=str(tmp_path))
+    assert modes == [False]
+
+
+def test_local_files_never_ask_the_hub(monkeypatch, state, tmp_path):
+    silent = _Silent()
+    monkeypatch.setattr(models, "get_session", lambda: silent)
+    file = tmp_path / "weights.pt"
+    torch.save(state, file)
+    models.load_model(NAME, str(file), device="cpu")
+    assert silent.tried == 0
+
+
 def test_openai_weights_get_quick_gelu(monkeypatch, state, tmp_path):
     # The tag says so even where the plain name does not.
     assert models.get_pretrained_cfg("ViT-B-16", "openai")["quick_gelu"]

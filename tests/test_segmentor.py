@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch.nn import functional
 import fsa
 from fsa import FSAConfig, InputError, hosts, segmentor, tiny
 from fsa.metrics import confusion, mean_iou
+from fsa.vfm import load_vfm
 
 SMALL = {"short_side": 64, "window": 48, "stride": 24}
 CLASSES = ["cat", ["dog", "hound"], "grass"]
@@ -181,6 +183,64 @@ def test_improbable_pixels_become_background(clearclip, picture):
     assert named.settings["background"] == "something else"
 
 
+def test_a_background_may_be_any_name_of_its_class(clearclip, picture):
+    def segment(classes, **options):
+        return clearclip.segment(picture, classes, prob_thd=1.0, **SMALL, **options)
+
+    for name in ("hound", "Hound ", "dog", 1):
+        result = segment(CLASSES, background=name)
+        assert result.class_names == ["cat", "dog", "grass"]
+        assert result.settings["background"] == "dog"
+        assert (result.labels == 1).all()
+    by_default = segment(["cat", ["nothing", "background"]])
+    assert by_default.class_names == ["cat", "nothing"]
+    assert (by_default.labels == 1).all()
+
+
+@pytest.mark.parametrize("host", ["maskclip", "sclip", "proxyclip"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_segments_as_float32_does(host, dtype, clearclip, picture):
+    exact = clearclip.with_host(host).segment(picture, CLASSES, **SMALL)
+    half = fsa.load_segmentor(host, device="cpu", dtype=dtype).segment(picture, CLASSES, **SMALL)
+    assert half.settings["dtype"] == dtype
+    assert half.scores.dtype == np.float32
+    assert half.labels.dtype == np.int32
+    # Rounding to 11 or 8 bits in every layer; pruning decisions follow it.
+    allowed = {"float16": 0.02, "bfloat16": 0.15}[dtype]
+    assert 0 < np.abs(half.scores - exact.scores).max() < allowed
+    assert (half.labels == exact.labels).mean() > {"float16": 0.97, "bfloat16": 0.8}[dtype]
+
+
+def test_other_models_get_the_papers_sizes(clearclip):
+    loaded = replace(clearclip.loaded, name="ViT-B-16")
+    paper = fsa.Segmentor("clearclip", clearclip.host, loaded, clearclip._text, None, True)
+    picture = Image.new("RGB", (500, 400), "green")
+    seen = []
+    settings = paper.segment(picture, ["cat"], progress=lambda *call: seen.append(call)).settings
+    assert (settings["short_side"], settings["window"], settings["stride"]) == (336, 336, 112)
+    # 336 x 420: two windows, the second moved back to the edge.
+    assert seen[-1] == (2, 2)
+    settings = paper.segment(picture, ["cat"], window=96).settings
+    assert (settings["short_side"], settings["window"], settings["stride"]) == (336, 96, 96)
+    assert clearclip.segment(picture, ["cat"]).settings["window"] == 96
+
+
+def test_another_host_takes_what_load_segmentor_takes(clearclip, monkeypatch):
+    calls = []
+
+    def remember(vfm, **options):
+        calls.append((vfm, options["pretrained"], options["cache_dir"]))
+        return load_vfm("layer", tower=options["tower"], mean=(0.5,) * 3, std=(0.5,) * 3)
+
+    monkeypatch.setattr(segmentor, "load_vfm", remember)
+    clearclip.with_host("proxyclip", vfm="dino", vfm_pretrained="x.pt", cache_dir="here")
+    clearclip.with_host("proxyclip")
+    assert calls == [("dino", "x.pt", "here"), ("layer", None, None)]
+    for options in ({"vfm": "dino"}, {"vfm_pretrained": "x.pt"}):
+        with pytest.raises(InputError, match="host 'sclip' takes no"):
+            clearclip.with_host("sclip", **options)
+
+
 def test_progress_is_told(clearclip, picture):
     seen = []
     clearclip.segment(
@@ -243,6 +303,7 @@ def test_a_result_is_saved_whole(clearclip, picture, tmp_path):
         assert labels.mode == "P"
         assert np.array_equal(np.asarray(labels), result.labels)
     record = json.loads(files["json"].read_text())
+    assert record["picture"] == {"name": "picture", "width": 90, "height": 60}
     assert record["classes"] == ["cat", "dog", "grass"]
     assert record["settings"]["stride"] == 24
     assert set(record["areas"]) == {"cat", "dog", "grass"}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fsa import viz
+from fsa import InputError, viz
 from fsa.metrics import confusion, iou, mean_iou
 
 
@@ -25,6 +25,81 @@ def test_regions_are_tinted_and_the_rest_is_left():
     assert (painted[:, 11:] == 100).all()
     assert (painted[:, 10] < 100).all()  # The line between them.
     assert (viz.paint(rgb, np.zeros_like(labels), 2, alpha=0.0) == 100).all()
+
+
+# How those who lack one kind of cone see linear RGB (Machado, Oliveira and Fernandes, 2009).
+COLOUR_BLIND = {
+    "protan": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "deutan": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+    "tritan": [
+        [1.255528, -0.076749, -0.178779],
+        [-0.078411, 0.930809, 0.147602],
+        [0.004733, 0.691367, 0.303900],
+    ],
+    "normal": np.eye(3),
+}
+
+
+def lab(linear: np.ndarray) -> np.ndarray:
+    """CIELAB of linear RGB (n,3), D65."""
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    f = np.cbrt(linear.clip(0, 1) @ np.transpose(to_xyz) / [0.9505, 1, 1.089])
+    return np.stack(
+        [116 * f[:, 1] - 16, *(500 * np.diff(-f[:, :2]).T), *(-200 * np.diff(f[:, 1:]).T)], -1
+    )
+
+
+@pytest.mark.parametrize("sight", COLOUR_BLIND)
+def test_the_first_colours_are_told_apart_by_all_readers(sight):
+    coded = viz.palette(8) / 255
+    linear = np.where(coded <= 0.04045, coded / 12.92, ((coded + 0.055) / 1.055) ** 2.4)
+    seen = lab(linear @ np.transpose(COLOUR_BLIND[sight]))
+    distances = np.linalg.norm(seen[:, None] - seen, axis=-1)[np.triu_indices(8, 1)]
+    # A difference of 2.3 is just noticeable; of 10, noticed at a glance.
+    assert distances.min() > 10
+
+
+def test_strips_change_nothing(monkeypatch):
+    rng = np.random.default_rng(0)
+    rgb = rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)
+    labels = rng.integers(-1, 5, (40, 30)).repeat(3, axis=0)[:40]
+    whole = viz.paint(rgb, labels, 4)
+    assert whole.dtype == np.uint8
+    # The formula, written out once more in float64.
+    known = (labels >= 0) & (labels < 4)
+    weight = 0.55 * known[..., None]
+    expected = rgb * (1 - weight) + viz.palette(4)[np.where(known, labels, 0)] * weight
+    inner = np.zeros(labels.shape, bool)
+    inner[:, 1:] = labels[:, 1:] == labels[:, :-1]
+    inner[1:] &= labels[1:] == labels[:-1]
+    inner[:, 0] = False
+    inner[0] = False
+    assert np.abs(whole - expected)[inner].max() < 0.51
+    for pixels in (1, 30 * 7):
+        monkeypatch.setattr(viz, "_STRIP_PIXELS", pixels)
+        assert np.array_equal(viz.paint(rgb, labels, 4), whole)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), "1", None, True])
+def test_an_alpha_that_is_none_is_refused(alpha):
+    with pytest.raises(InputError, match=r"alpha=.* must be a number from 0 to 1"):
+        viz.overlay(np.zeros((2, 2, 3), np.uint8), np.zeros((2, 2), int), ["a"], alpha=alpha)
+
+
+def test_the_legend_beside_a_small_picture_is_a_column_first():
+    labels = np.arange(60).reshape(6, 10)
+    beside = viz.beside_legend(Image.new("RGB", (10, 6)), labels, [f"class {i}" for i in range(60)])
+    assert beside.width < 2 * beside.height
+    few = viz.beside_legend(Image.new("RGB", (10, 6)), labels % 2, ["a", "b"])
+    assert few.height < 80
 
 
 @pytest.mark.parametrize("count", [1, 3, 60])
