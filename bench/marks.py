@@ -114,6 +114,8 @@ def marks(record: Record | None) -> list[Mark]:
     street = data.find(record, kind="picture", host="proxyclip", height=448)
     longest = data.find(record, kind="step", B=1, N=16384, C=171)
     extra = _entry(longest, _OURS, "memory")
+    long = data.find(record, kind="step", B=1, N=8192, C=171)
+    stored, streamed = (data.device_time(long, name) for name in ("fsa stored", "fsa streamed"))
     found += [
         Mark(
             "launches that FSA adds to ProxyCLIP ViT-B/16",
@@ -133,6 +135,12 @@ def marks(record: Record | None) -> list[Mark]:
             None if extra is None else extra / (2 * 16384**2),
             0.1,
             "",
+        ),
+        Mark(
+            "the step streamed, over the same stored, N=8192, C=171",
+            data.ratio(streamed, stored),
+            2,
+            "×",
         ),
     ]
     return found

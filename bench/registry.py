@@ -56,6 +56,7 @@ _MARKS_GPU = [
             OpRow("step", 1, 196, 171, compiled=True),
             OpRow("op", 1, 16384, 171),
             OpRow("step", 1, 16384, 171),
+            OpRow("step", 1, 8192, 171, compiled=True),
         ],
         _ALL,
     ),
@@ -69,7 +70,7 @@ _MARKS_GPU = [
 _COVERAGE_GPU = [
     # Compiling takes seconds a row: torch.compile is given the sizes of the plot, and two more.
     *_jobs(
-        [OpRow("step", 1, N, 171, compiled=True) for N in (784, 4096, 441, 8192, 1024)]
+        [OpRow("step", 1, N, 171, compiled=True) for N in (784, 4096, 441, 1024)]
         + [OpRow("op", 1, N, 171, compiled=True) for N in (784, 4096)],
         _ALL,
     ),
@@ -108,7 +109,7 @@ CPU: tuple[Job, ...] = _once(
         ),
         *_jobs([_photograph("clearclip"), _street("clearclip")], _TIME),
         *_jobs([OpRow("op", 1, N, 171) for N in (1764, 4096, 16384)], ("memory",)),
-        *_jobs([OpRow("step", 1, N, 171) for N in (1764, 4096)], ("memory",)),
+        *_jobs([OpRow("step", 1, N, 171) for N in (1764, 4096, 8192)], ("memory",)),
         *_jobs(
             [
                 OpRow(kind, 1, N, C)

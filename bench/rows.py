@@ -18,6 +18,9 @@ HEADS, HEAD_WIDTH = 12, 64
 _PUBLISHED_TENSORS = 2
 _ALGEBRA_MATRICES = 6
 
+# From here on a step is measured with A_f kept and with A_f streamed.
+_STREAM_FROM = 8192
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -71,6 +74,11 @@ class OpRow(Row):
         builds["fsa torch"] = partial(ours, self.kind, "torch", inputs)
         if device.type == "cuda":
             builds["fsa triton"] = partial(ours, self.kind, "triton", inputs)
+        if self.kind == "step" and self.N >= _STREAM_FROM:
+            backend = "triton" if device.type == "cuda" else "torch"
+            # Either way of the step, where `feedback_step` itself takes one by size.
+            for name, stream in (("fsa stored", False), ("fsa streamed", True)):
+                builds[name] = partial(ours, self.kind, backend, inputs, stream)
         return builds
 
 
@@ -139,19 +147,20 @@ def _compiled(row: OpRow, inputs: Inputs) -> Call:
     return partial(compiled, *vars(inputs).values())
 
 
-def ours(kind: str, backend: str, inputs: Inputs) -> Call:
+def ours(kind: str, backend: str, inputs: Inputs, stream: bool | None = None) -> Call:
     """One call of this library."""
     if kind == "op":
         return partial(
             fsa.feedback_attention, inputs.patch_logits, inputs.uniform_logits, backend=backend
         )
 
-    def step() -> Tensor:
-        feedback = fsa.feedback_attention(
-            inputs.patch_logits, inputs.uniform_logits, backend=backend
-        )
-        return fsa.adapt(
-            inputs.value, feedback, inputs.attention, attended=inputs.attended, backend=backend
-        )
-
-    return step
+    return partial(
+        fsa.feedback_step,
+        inputs.value,
+        inputs.patch_logits,
+        inputs.uniform_logits,
+        inputs.attention,
+        attended=inputs.attended,
+        backend=backend,
+        stream=stream,
+    )

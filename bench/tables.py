@@ -25,6 +25,7 @@ PAGE = _FOLDER / "RESULTS.md"
 MODEL_CARD = _FOLDER.parent / "fsa" / "tiny" / "weights" / "MODEL_CARD.md"
 NOT_MEASURED = "not measured"
 
+_WAYS = ("fsa stored", "fsa streamed")
 _ORDER = ("published", "algebra", "torch.compile", "fsa torch", "fsa triton")
 MODES = ("published off", "published on", "fsa off", "fsa on")
 _FIGURES = {
@@ -208,7 +209,7 @@ def _measured(record: Record | None, key: str) -> list[Record]:
 def _present(rows: list[Record], key: str) -> list[str]:
     return [
         name
-        for name in (*_ORDER, *MODES)
+        for name in (*_ORDER, *_WAYS, *MODES)
         if any(key in row["contenders"].get(name, {}) for row in rows)
     ]
 

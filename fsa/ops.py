@@ -144,10 +144,12 @@ def feedback_step(
     attended: Tensor | None = None,
     config: FSAConfig | None = None,
     backend: str = "auto",
+    stream: bool | None = None,
 ) -> Tensor:
     """The whole step from first logits to adapted values: `feedback_attention`, then `adapt`.
 
-    Where A_f would be large it is never kept: blocks of its rows are multiplied as they are made.
+    Where A_f would be large, above 512 MiB while it is made, it is never kept: blocks of its rows
+    are multiplied as they are made.
 
     Args:
         value: V (B,H,N,d).
@@ -156,6 +158,7 @@ def feedback_step(
         attention, attended: as `adapt` takes them.
         config: default `FSAConfig()`.
         backend: "auto", "triton" or "torch".
+        stream: True never keeps A_f, False always does; None goes by its size.
 
     Returns:
         (B,H,N,d) in the type of `value`.
@@ -172,7 +175,9 @@ def feedback_step(
             f"patch_logits has shape {tuple(patch_logits.shape)} on {patch_logits.device} and "
             f"value {tuple(value.shape)} on {value.device}: images, patches and device must agree"
         )
-    if 4 * B * N * N <= _STORED_BYTES:
+    if stream is None:
+        stream = 4 * B * N * N > _STORED_BYTES
+    if not stream:
         feedback = feedback_attention(
             patch_logits, uniform_logits, config=config, dtype=value.dtype, backend=backend
         )

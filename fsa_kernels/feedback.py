@@ -178,13 +178,12 @@ def _isolate_kernel(
         left_high = left.to(tl.float16)
         right_high = right.to(tl.float16)
         out = operands_ptr + row[:, None] + c[None, :]
+        to_next = tl.cast(stride_operand, tl.int64)
         inside = valid[:, None] & (c < padded_C)[None, :]
         tl.store(out, left_high, mask=inside)
-        tl.store(out + stride_operand, (left - left_high.to(tl.float32)).to(tl.float16), inside)
-        tl.store(out + 2 * stride_operand, right_high, mask=inside)
-        tl.store(
-            out + 3 * stride_operand, (right - right_high.to(tl.float32)).to(tl.float16), inside
-        )
+        tl.store(out + to_next, (left - left_high.to(tl.float32)).to(tl.float16), inside)
+        tl.store(out + 2 * to_next, right_high, mask=inside)
+        tl.store(out + 3 * to_next, (right - right_high.to(tl.float32)).to(tl.float16), inside)
     tl.store(h_ptr + b * N + n, tl.where(intact, h, float("nan")), mask=valid)
 
 
@@ -218,8 +217,9 @@ def _similarity_kernel(
     i = first_row + place
     j = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
+    to_next = tl.cast(stride_operand, tl.int64)
     left = operands_ptr + (b * N + i)[:, None] * padded_C + k[None, :]
-    right = operands_ptr + 2 * stride_operand + (b * N + j)[None, :] * padded_C + k[:, None]
+    right = operands_ptr + 2 * to_next + (b * N + j)[None, :] * padded_C + k[:, None]
     inside = (place < rows)[:, None]
     columns = (j < N)[None, :]
 
@@ -228,8 +228,8 @@ def _similarity_kernel(
         left_high = tl.load(left + start, mask=inside, other=0.0)
         right_high = tl.load(right + start, mask=columns, other=0.0)
         if EXACT:
-            left_low = tl.load(left + stride_operand + start, mask=inside, other=0.0)
-            right_low = tl.load(right + stride_operand + start, mask=columns, other=0.0)
+            left_low = tl.load(left + to_next + start, mask=inside, other=0.0)
+            right_low = tl.load(right + to_next + start, mask=columns, other=0.0)
             # The small products first, so that they are not lost one by one in the large sum.
             total = tl.dot(left_low, right_high, total)
             total = tl.dot(left_high, right_low, total)

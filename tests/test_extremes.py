@@ -249,15 +249,10 @@ for axis in sys.argv[1:]:
         assert error < 2e-3, (axis, name, error)
 """
 
-TO_BE_WIDENED = pytest.mark.xfail(
-    strict=True, reason="offsets along classes, features and columns are 32-bit products"
-)
-
-
 @pytest.mark.skipif(
     not fsa_kernels.interpreting() or sys.maxsize < 2**32, reason="for Triton's interpreter"
 )
-@pytest.mark.parametrize("axes", ["BN", pytest.param("C", marks=TO_BE_WIDENED)])
+@pytest.mark.parametrize("axes", ["BN", "C"])
 def test_strides_whose_products_pass_two_to_the_31_are_followed(axes):
     result = subprocess.run(
         [sys.executable, "-c", FAR_APART, *axes], cwd=ROOT, capture_output=True, text=True
@@ -265,7 +260,6 @@ def test_strides_whose_products_pass_two_to_the_31_are_followed(axes):
     assert result.returncode == 0, result.stderr[-2000:]
 
 
-@TO_BE_WIDENED
 @pytest.mark.skipif(not fsa_kernels.available(), reason="triton is not installed")
 def test_no_kernel_multiplies_an_argument_into_an_offset_in_32_bits():
     # Not in this process: under the interpreter there is nothing to compile.

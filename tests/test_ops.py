@@ -153,27 +153,43 @@ def test_a_result_of_no_float_type_is_refused():
         fsa.feedback_attention(LOGITS, dtype=torch.int32)
 
 
-@pytest.mark.parametrize("stored", [True, False], ids=["stored", "streamed"])
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "stored"])
 @pytest.mark.parametrize("attention", ["shared", "per head", "callable"])
 @pytest.mark.parametrize("adaptations", [("after", "before", "only"), ("only",)], ids="+".join)
-def test_a_step_is_both_ops(stored, attention, adaptations, monkeypatch):
-    monkeypatch.setattr(ops, "_STORED_BYTES", 1 << 29 if stored else 0)
+def test_a_step_is_both_ops(stream, attention, adaptations, monkeypatch):
     monkeypatch.setattr(torch_backend, "_STRIP_ENTRIES", 4 * 6)
     config = FSAConfig(adaptations=adaptations)
     uniform = torch.randn(2, 1, 4)
     matrix = SQUARE if attention == "shared" else SQUARE[:, None].repeat(1, 3, 1, 1)
     given = (lambda x: matrix @ x) if attention == "callable" else matrix
-    step = fsa.feedback_step(VALUE, LOGITS, uniform, given, config=config)
+    step = fsa.feedback_step(VALUE, LOGITS, uniform, given, config=config, stream=stream)
     feedback = fsa.feedback_attention(LOGITS, uniform, config=config)
     both = fsa.adapt(VALUE, feedback, matrix, config=config)
     torch.testing.assert_close(step, both)
 
 
-@pytest.mark.parametrize("stored", [True, False], ids=["stored", "streamed"])
-def test_no_attention_is_the_identity(stored, monkeypatch):
-    monkeypatch.setattr(ops, "_STORED_BYTES", 1 << 29 if stored else 0)
-    step = fsa.feedback_step(VALUE, LOGITS, None, None)
-    with_identity = fsa.feedback_step(VALUE, LOGITS, None, lambda x: x)
+def test_a_large_step_streams_by_itself(monkeypatch):
+    streamed = []
+    apply_feedback = torch_backend.apply_feedback
+
+    def recording(*arguments, **options):
+        streamed.append(arguments)
+        return apply_feedback(*arguments, **options)
+
+    monkeypatch.setattr(torch_backend, "apply_feedback", recording)
+    # Of 2 x 6 x 6 entries.
+    monkeypatch.setattr(ops, "_STORED_BYTES", 4 * 2 * 6 * 6)
+    fsa.feedback_step(VALUE, LOGITS, None, SQUARE)
+    assert not streamed
+    monkeypatch.setattr(ops, "_STORED_BYTES", 4 * 2 * 6 * 6 - 1)
+    fsa.feedback_step(VALUE, LOGITS, None, SQUARE)
+    assert streamed
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "stored"])
+def test_no_attention_is_the_identity(stream):
+    step = fsa.feedback_step(VALUE, LOGITS, None, None, stream=stream)
+    with_identity = fsa.feedback_step(VALUE, LOGITS, None, lambda x: x, stream=stream)
     torch.testing.assert_close(step, with_identity)
 
 
@@ -186,8 +202,7 @@ def test_no_attention_is_the_identity(stored, monkeypatch):
         (VALUE, LOGITS, 3, "attention must be a tensor, a callable or None"),
     ],
 )
-@pytest.mark.parametrize("stored", [True, False], ids=["stored", "streamed"])
-def test_a_step_refuses_what_does_not_fit(value, logits, attention, words, stored, monkeypatch):
-    monkeypatch.setattr(ops, "_STORED_BYTES", 1 << 29 if stored else 0)
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "stored"])
+def test_a_step_refuses_what_does_not_fit(value, logits, attention, words, stream):
     with pytest.raises(InputError, match=words):
-        fsa.feedback_step(value, logits, None, attention)
+        fsa.feedback_step(value, logits, None, attention, stream=stream)
