@@ -28,4 +28,4 @@ def test_a_block_runs(block, tmp_path, monkeypatch):
 
 
 def test_only_the_block_of_downloads_is_left_out():
-    assert len(BLOCKS) == len(OFFLINE) + 1 == 4
+    assert len(BLOCKS) == len(OFFLINE) + 1 == 5
