@@ -156,7 +156,7 @@ def test_finite_products_that_overflow_their_type_are_not_blamed_on_the_input():
 
 def published(config: FSAConfig) -> dict:
     names = ("beta", "confidence", "similarity", "pruning", "ratio", "threshold", "scaling")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in names} | {"dtype": torch.float32}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
