@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench import guards, quality, quality_tables
-from fsa import load_segmentor, metrics
+from fsa import load_segmentor, metrics, text
 from fsa.inspection import attention_matrix, attentions
 from fsa.tiny.compose import GUARD
 from fsa.tiny.vocabulary import CLASSES
@@ -43,12 +43,12 @@ def test_the_evaluation_labels_as_the_segmentor_does(segmentor, evaluator):
     entry = json.loads((guards.SCENES / "scenes.json").read_text())[3]
     segmentor = segmentor.with_host("sclip")
     result = segmentor.segment(guards.SCENES / entry["picture"], entry["classes"])
-    text = evaluator.text(entry["classes"])
+    text_features = evaluator.text(entry["classes"])
     crops = evaluator.crops(result.picture.rgb)
-    features = evaluator.hosts["sclip"].features(crops, text, config=segmentor.config)
+    features = evaluator.hosts["sclip"].features(crops, text_features, config=segmentor.config)
     expected = evaluator.sampled(torch.from_numpy(result.labels))
     # Rounding may turn a pixel between two classes.
-    assert (evaluator.labels(features, text) == expected).mean() > 0.995
+    assert (evaluator.labels(features, text_features) == expected).mean() > 0.995
 
 
 def test_mean_iou_is_that_of_the_whole_confusion():
@@ -113,9 +113,9 @@ def test_the_attention_that_is_shown_is_the_one_that_is_applied(segmentor, evalu
     torch.testing.assert_close(applied.mean(dim=1), matrix @ value[:, 0], atol=1e-4, rtol=1e-4)
 
     config = segmentor.with_host(host).config
-    text = evaluator.text(["cat", "grass", "brick"])
-    seen = attentions(module, crops, text, vfm_features=vfm_features, config=config)
-    plain = module.features(crops, text, vfm_features=vfm_features, config=config)
+    queries = evaluator.text(["cat", "grass", "brick"])
+    seen = attentions(module, crops, queries, vfm_features=vfm_features, config=config)
+    plain = module.features(crops, queries, vfm_features=vfm_features, config=config)
     torch.testing.assert_close(seen.features, plain)
     torch.testing.assert_close(seen.feedback.sum(dim=-1), torch.ones(2, matrix.shape[-1]))
     if host != "maskclip":
@@ -131,12 +131,14 @@ def test_a_run_is_recorded_and_becomes_tables(tmp_path, monkeypatch, evaluator):
     def scenes(split, pictographs, count):
         for picture, mask, classes in pictures:
             known = np.array([names.index(name) for name in classes])
-            yield torch.from_numpy(picture).permute(2, 0, 1), torch.from_numpy(known[mask])
+            yield torch.tensor(picture).permute(2, 0, 1), torch.from_numpy(known[mask])
 
     monkeypatch.setattr(quality, "_scenes", scenes)
     monkeypatch.setattr(quality, "SINGLES", ())
     monkeypatch.setattr(quality, "TESTS", (GUARD,))
     monkeypatch.setattr(quality, "Evaluator", lambda: evaluator)
+    # All names with all templates take a while.
+    monkeypatch.setattr(text, "OPENAI_IMAGENET_TEMPLATES", text.OPENAI_IMAGENET_TEMPLATES[:2])
     file = tmp_path / "quality.json"
     quality.run(tmp_path, file, pictures=2)
     record = json.loads(file.read_text())

@@ -256,7 +256,7 @@ def test_progress_is_told(clearclip, picture):
     [
         ({"window": 8}, "window=8 must be an integer from 16"),
         ({"window": 48.0}, "window=48.0"),
-        ({"stride": 0}, "stride=0 must be an integer from 1 to 96"),
+        ({"stride": 0}, "stride=0 must be an integer from 1 to 112"),
         ({"window": 32, "stride": 33}, "stride=33 must be an integer from 1 to 32"),
         ({"short_side": 100_000}, "short_side=100000"),
         ({"prob_thd": 1.5}, "prob_thd=1.5"),
