@@ -36,7 +36,7 @@ _BETA_DEFAULT = 3.0
 _BETA_VIT_H = 2.3
 _BETA_MAE = 4.5
 # exp(88.7) is the largest float32; beyond it every weight would be inf / inf.
-_BETA_LARGEST = 80.0
+_BETA_LARGEST = 80
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class FSAConfig:
     def __post_init__(self) -> None:
         for name in ("beta", "logit_scale", "uniform_logit_scale"):
             self._require(name, _is_finite(getattr(self, name)), "a finite number")
-        self._require("beta", self.beta <= _BETA_LARGEST, f"at most {_BETA_LARGEST:g}")
+        self._require("beta", self.beta <= _BETA_LARGEST, f"at most {_BETA_LARGEST}")
         for name in ("confidence", "ratio"):
             value = getattr(self, name)
             self._require(name, _is_finite(value) and 0 < value <= 1, "a number in (0, 1]")
