@@ -69,7 +69,7 @@ FAMILIES: dict[str, str] = {
     "proxyclip": "ProxyCLIP's protocol as FSA uses it: 336 / 336 / 112, Cityscapes 448 / 224 / 80",
     "sclip": "SCLIP's own: 336 / 224 / 112, Cityscapes 560; several names for some classes",
     "clearclip": "ClearCLIP's own: 448 / 224 / 112",
-    "tiny": "for the embedded model: 280 / 96 / 48, with FSA's thresholds",
+    "tiny": "for the embedded model: 224 / 112 / 56, with FSA's thresholds",
 }
 """Short side / window / stride of each family of presets."""
 
@@ -164,7 +164,7 @@ def _clearclip(dataset: str) -> dict[str, Any]:
 
 
 def _tiny(dataset: str) -> dict[str, Any]:
-    return {**_proxyclip(dataset), "short_side": 280, "window": 96, "stride": 48}
+    return {**_proxyclip(dataset), "short_side": 224, "window": 112, "stride": 56}
 
 
 @dataclass(frozen=True)
