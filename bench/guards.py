@@ -23,7 +23,8 @@ from fsa.segmentor import Segmentor
 
 SCENES = Path(__file__).parent.parent / "tests" / "scenes"
 FILE = SCENES / "guards.json"
-HOSTS = ("maskclip", "sclip")
+# CLIP as it is gains most, so it shows best whether feedback works.
+HOSTS = ("clip", "maskclip", "sclip")
 DEVIATIONS = 4
 
 _COPIES = 4
