@@ -161,6 +161,6 @@ def _source(record: dict[str, Any]) -> str:
     return (
         f"mIoU in percent, {pictures} pictures a split, in brackets 95% intervals of the gain; "
         f"windows of {protocol['window']} pixels every {protocol['stride']} on a short side of "
-        f"{protocol['short_side']}. {env['device']}, torch {env['torch']}, commit "
+        f"{protocol['short_side']}. {env['processor']}, torch {env['torch']}, commit "
         f"{env['commit']}, {env['date'][:10]}, `{env['command']}`, {record['seconds']} s."
     )

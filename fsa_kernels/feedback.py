@@ -439,8 +439,10 @@ def _select_long_kernel(
 # --------------------------------------------------------------------------------------------------
 # The launchers
 
-# Workspace of `apply_feedback` for similarities, in bytes.
+# Workspace of `apply_feedback` for similarities, in bytes, and the rows of an image that it must
+# hold: whole tiles of the similarity kernel.
 _BLOCK_BYTES = 24 << 20
+_BLOCK_ROWS = 128
 
 
 def feedback_attention(
@@ -474,9 +476,8 @@ def apply_feedback(
     """
     B, N, _ = patch_logits.shape
     feedback = Feedback(patch_logits, uniform_logits, **options)
-    # Whole tiles of the similarity kernel.
     count = _BLOCK_BYTES // (B * launch.padded_row(N) * torch.float32.itemsize)
-    count = max(128, count // 128 * 128)
+    count = max(_BLOCK_ROWS, count // _BLOCK_ROWS * _BLOCK_ROWS)
     out = torch.empty((B, N, columns.shape[-1]), dtype=columns.dtype, device=columns.device)
     for first in range(0, N, count):
         rows = feedback.rows(first, min(count, N - first), columns.dtype)

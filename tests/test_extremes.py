@@ -249,6 +249,7 @@ for axis in sys.argv[1:]:
         assert error < 2e-3, (axis, name, error)
 """
 
+
 @pytest.mark.skipif(
     not fsa_kernels.interpreting() or sys.maxsize < 2**32, reason="for Triton's interpreter"
 )

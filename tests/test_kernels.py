@@ -174,11 +174,12 @@ def test_blocks_of_rows_applied_are_the_whole_applied(dtype, long_rows, monkeypa
     from fsa_kernels import feedback, launch
 
     monkeypatch.setattr(feedback, "_BLOCK_BYTES", 0)
+    monkeypatch.setattr(feedback, "_BLOCK_ROWS", 16)
     if long_rows:
         monkeypatch.setattr(launch, "LONGEST_ROW_IN_REGISTERS", 0)
-        monkeypatch.setattr(launch, "select_long", lambda: launch.Launch({"BLOCK_N": 64}, 1))
+        monkeypatch.setattr(launch, "select_long", lambda: launch.Launch({"BLOCK_N": 16}, 1))
     # Two blocks of rows, the second of them short; the first patch is broken.
-    N = 150
+    N = 24
     logits, uniform = (tensor.float() for tensor in segment_logits(N, 9, B=2))
     logits[1, 0, 3] = math.nan
     columns = torch.randn(2, N, 7, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -103,13 +103,13 @@ def test_the_attention_that_is_shown_is_the_one_that_is_applied(segmentor, evalu
     picture = torch.randint(0, 256, (3, 224, 224), generator=generator, dtype=torch.uint8)
     crops = evaluator.crops(picture)[:2]
     module = evaluator.hosts[host]
-    grid = evaluator.grid
     vfm_features = evaluator.vfm(crops) if module.needs_vfm else None
-    attention = module.attention(module.tower.trunk(crops), grid, vfm_features)
+    attention = module.attention(module.tower.trunk(crops), crops, vfm_features)
     matrix = attention_matrix(attention)
     # Values that are the same in every head see the mean over the heads.
     value = attention.value.mean(dim=1, keepdim=True).expand_as(attention.value)
-    applied = attention.apply(value) - attention.apply(torch.zeros_like(value))
+    apply = attention.apply or torch.nn.Identity()
+    applied = apply(value) - apply(torch.zeros_like(value))
     torch.testing.assert_close(applied.mean(dim=1), matrix @ value[:, 0], atol=1e-4, rtol=1e-4)
 
     config = segmentor.with_host(host).config

@@ -222,7 +222,7 @@ def test_other_models_get_the_papers_sizes(clearclip):
     assert seen[-1] == (2, 2)
     settings = paper.segment(picture, ["cat"], window=96).settings
     assert (settings["short_side"], settings["window"], settings["stride"]) == (336, 96, 96)
-    assert clearclip.segment(picture, ["cat"]).settings["window"] == 96
+    assert clearclip.segment(picture, ["cat"]).settings["window"] == 112
 
 
 def test_another_host_takes_what_load_segmentor_takes(clearclip, monkeypatch):

@@ -71,12 +71,13 @@ def test_strips_change_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 255, (40, 30, 3), dtype=np.uint8)
     labels = rng.integers(-1, 5, (40, 30)).repeat(3, axis=0)[:40]
-    whole = viz.paint(rgb, labels, 4)
+    whole = viz.paint(rgb, labels, 4, 0.55)
     assert whole.dtype == np.uint8
     # The formula, written out once more in float64.
     known = (labels >= 0) & (labels < 4)
-    weight = 0.55 * known[..., None]
-    expected = rgb * (1 - weight) + viz.palette(4)[np.where(known, labels, 0)] * weight
+    colours = viz.palette(4)[np.where(known, labels, 0)]
+    grey = rgb.mean(axis=-1, keepdims=True)
+    expected = np.where(known[..., None], 0.45 * grey + 0.55 * colours, rgb)
     inner = np.zeros(labels.shape, bool)
     inner[:, 1:] = labels[:, 1:] == labels[:, :-1]
     inner[1:] &= labels[1:] == labels[:-1]
@@ -85,7 +86,7 @@ def test_strips_change_nothing(monkeypatch):
     assert np.abs(whole - expected)[inner].max() < 0.51
     for pixels in (1, 30 * 7):
         monkeypatch.setattr(viz, "_STRIP_PIXELS", pixels)
-        assert np.array_equal(viz.paint(rgb, labels, 4), whole)
+        assert np.array_equal(viz.paint(rgb, labels, 4, 0.55), whole)
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan"), "1", None, True])

@@ -74,11 +74,13 @@ FAMILIES: dict[str, str] = {
 """Short side / window / stride of each family of presets."""
 
 # FSA keeps each method's own data pipeline. MaskCLIP's numbers in the comparison tables
-# come from SCLIP's, and the attention types were run in ProxyCLIP's code.
+# come from SCLIP's, the attention types were run in ProxyCLIP's code, and NACLIP's own pipeline is
+# after SCLIP's.
 _FAMILY_OF_HOST = {
     "clip": "sclip",
     "maskclip": "sclip",
     "sclip": "sclip",
+    "naclip": "sclip",
     "clearclip": "clearclip",
     "proxyclip": "proxyclip",
     "qk": "proxyclip",
