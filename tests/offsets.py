@@ -12,10 +12,21 @@ from __future__ import annotations
 
 import re
 import sys
+from importlib import metadata
 
+_OLDEST_TRITON = (3, 3)
 _SPREADING = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape")
 _FOLLOWED = (*_SPREADING, "arith.extsi", "arith.addi", "arith.muli")
 _FLOATS = ("beta", "share", "limit", "shift", "gain")
+
+
+def compiles_ahead_of_time() -> bool:
+    """Whether Triton is there and compiles for chips that are not, as it is asked to here."""
+    try:
+        release = metadata.version("triton").split(".")[:2]
+    except metadata.PackageNotFoundError:
+        return False
+    return tuple(map(int, release)) >= _OLDEST_TRITON
 
 
 def narrow_products(ir: str) -> set[str]:

@@ -15,7 +15,7 @@ MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 SMALL = {
     "dino": "vit_tiny_patch16_224",
     "dinov2": "vit_little_patch16_reg4_gap_256",
-    "dinov3": "vit_tiny_patch16_dinov3_qkvb",
+    "dinov3": "vit_small_patch16_dinov3_qkvb",
     "mae": "vit_tiny_patch16_224",
 }
 
@@ -61,7 +61,7 @@ def test_dinov3_gives_patches_alone_and_knows_where_they_are(tower, small):
     images = torch.zeros(1, 3, 48, 80)
     images[..., :16, :16] = 1
     features = model(images)
-    assert features.shape == (1, 192, 3, 5)
+    assert features.shape == (1, 384, 3, 5)
     # Of two equal patches only the rotary positions tell which is nearer to the other one.
     assert not torch.allclose(features[..., 0, 1], features[..., 2, 4], atol=1e-5)
 
