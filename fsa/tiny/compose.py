@@ -6,7 +6,7 @@
 
 `demo` writes the pictures of `fsa demo`, `guard` the held-out scenes of tests/test_quality.py, and
 `splits` the test splits of `python -m bench quality`, each a folder with images/, masks/,
-classes.txt and scenes.json. Every one of them has a seed of its own; training's is 0.
+classes.txt and scenes.json. Every one of them has a seed of its own; training's are below 100.
 """
 
 from __future__ import annotations
