@@ -407,7 +407,9 @@ def run(pictographs: Path, file: Path, pictures: int = PICTURES) -> dict[str, An
     start = time.perf_counter()
     evaluator = Evaluator()
     record: dict[str, Any] = {
-        "environment": environment(torch.device("cpu")),
+        # Where the pictographs lie is this machine's own affair.
+        "environment": environment(torch.device("cpu"))
+        | {"command": f"python -m bench quality --pictographs DIR --pictures {pictures}"},
         "weights_sha256": tiny.weights_path().with_suffix(".sha256").read_text().split()[0],
         "protocol": {**asdict(evaluator.sizes), "names": NAMES, "resamples": _RESAMPLES},
         "top1": [top1(evaluator, split, pictographs) for split in SINGLES],
