@@ -121,7 +121,7 @@ def adapt(
     _check_same("feedback", feedback, "value", value)
     _check_attention(value, attention, attended)
     _choose(value.device, value.dtype, backend)
-    if isinstance(attention, Tensor):
+    if attention is not None and not callable(attention):
         return torch.ops.fsa.adapt(
             value, feedback, attention, attended, ",".join(config.adaptations)
         )
@@ -193,7 +193,7 @@ def feedback_step(
         )
 
     inputs = {}
-    if isinstance(attention, Tensor):
+    if attention is not None and not callable(attention):
         inputs["attention"] = attention
         attention = torch_backend.attention_applier(attention)
     return _adapt_by(apply_feedback, value, attention, attended, config, inputs)
@@ -416,12 +416,12 @@ def _check_attention(
         _check_tensor("attended", attended, "(B, H, N, d)")
         _check_shape("attended", attended, tuple(value.shape), "value", value)
         _check_same("attended", attended, "value", value)
-    if not isinstance(attention, Tensor):
-        if attention is not None and not callable(attention):
-            raise InputError(
-                f"attention must be a tensor, a callable or None, not {type(attention).__name__}"
-            )
+    if attention is None or callable(attention):
         return
+    if not isinstance(attention, Tensor):
+        raise InputError(
+            f"attention must be a tensor, a callable or None, not {type(attention).__name__}"
+        )
     _check_tensor("attention", attention, "(B, N, N) or (B, H, N, N)", ranks=(3, 4))
     shape = (B, N, N) if attention.ndim == 3 else (B, H, N, N)
     _check_shape("attention", attention, shape, "value", value)

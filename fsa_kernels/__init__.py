@@ -29,9 +29,13 @@ __all__ = [
 ]
 
 
+# Looked for once: a compiler that traces `available` cannot follow the search.
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
 def available() -> bool:
     """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+    return _INSTALLED
 
 
 def interpreting() -> bool:
