@@ -204,6 +204,9 @@ def test_an_op_is_clean(name, number):
 # torch.export
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 7), reason="torch 2.6 exports nothing whose batch varies freely"
+)
 def test_a_host_with_feedback_is_exported_and_saved(tmp_path):
     host = hosts.build("proxyclip", random_tower(layers=2))
     images, text, features = host_inputs(host, *SIZES[0])
