@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fsa import eval_cli
+from fsa import cli_options, eval_cli
 from fsa.errors import FSAError, InputError
 
 if TYPE_CHECKING:
@@ -74,31 +74,19 @@ def segment(
     classes: Annotated[
         str, typer.Option(help='Class names: "cat; dog, puppy; grass". Commas part synonyms.')
     ] = "",
-    classes_file: Annotated[
-        Path | None, typer.Option(help="The same from a file, one class a line.")
-    ] = None,
+    classes_file: cli_options.ClassesFile = None,
     host: Annotated[HostName, typer.Option(help="The segmentor.")] = HostName.clearclip,
-    model: Annotated[
-        str, typer.Option(help='"tiny" (embedded), or an open_clip name such as ViT-B-16.')
-    ] = "tiny",
-    pretrained: Annotated[
-        str | None, typer.Option(help="A tag of open_clip's, or a checkpoint file.")
-    ] = None,
-    vfm: Annotated[
-        str | None, typer.Option(help="For proxyclip: dino, dinov2, sam, mae, layer, layer:K.")
-    ] = None,
-    vfm_pretrained: Annotated[
-        str | None, typer.Option(help="A checkpoint file for the vfm.")
-    ] = None,
-    feedback: Annotated[
-        bool, typer.Option("--feedback/--no-feedback", help="With FSA, or the host alone.")
-    ] = True,
+    model: cli_options.Model = "tiny",
+    pretrained: cli_options.Pretrained = None,
+    vfm: cli_options.Vfm = None,
+    vfm_pretrained: cli_options.VfmPretrained = None,
+    feedback: cli_options.Feedback = True,
     beta: Annotated[float | None, typer.Option(help="Sharpness of the scaling.")] = None,
     confidence: Annotated[
         float | None, typer.Option(help="Cumulative confidence that is kept.")
     ] = None,
-    window: Annotated[int | None, typer.Option(help="Side of the sliding window.")] = None,
-    stride: Annotated[int | None, typer.Option(help="From one window to the next.")] = None,
+    window: cli_options.Window = None,
+    stride: cli_options.Stride = None,
     short_side: Annotated[
         int | None, typer.Option(help="To which pictures are resized first.")
     ] = None,
@@ -107,8 +95,8 @@ def segment(
         str | None, typer.Option(help="The class they become; added if there is none.")
     ] = None,
     window_batch: Annotated[int, typer.Option(help="Windows computed at once.")] = 8,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    device: cli_options.Device = None,
+    dtype: cli_options.Dtype = None,
     backend: Annotated[Backend, typer.Option(help="Of the ops.")] = Backend.auto,
     cache_dir: Annotated[
         str | None, typer.Option(help="Where downloaded weights are kept.")
@@ -182,29 +170,21 @@ def compare(
     classes: Annotated[
         str, typer.Option(help='Class names: "cat; dog, puppy; grass". Commas part synonyms.')
     ] = "",
-    classes_file: Annotated[
-        Path | None, typer.Option(help="The same from a file, one class a line.")
-    ] = None,
+    classes_file: cli_options.ClassesFile = None,
     patch: Annotated[
         str | None,
         typer.Option(help="ROW,COL of the patch to look at; default the middle one."),
     ] = None,
     host: Annotated[HostName, typer.Option(help="The segmentor.")] = HostName.clearclip,
-    model: Annotated[
-        str, typer.Option(help='"tiny" (embedded), or an open_clip name such as ViT-B-16.')
-    ] = "tiny",
-    pretrained: Annotated[
-        str | None, typer.Option(help="A tag of open_clip's, or a checkpoint file.")
-    ] = None,
-    vfm: Annotated[
-        str | None, typer.Option(help="For proxyclip: dino, dinov2, sam, mae, layer, layer:K.")
-    ] = None,
-    window: Annotated[int | None, typer.Option(help="Side of the sliding window.")] = None,
-    stride: Annotated[int | None, typer.Option(help="From one window to the next.")] = None,
+    model: cli_options.Model = "tiny",
+    pretrained: cli_options.Pretrained = None,
+    vfm: cli_options.Vfm = None,
+    window: cli_options.Window = None,
+    stride: cli_options.Stride = None,
     short_side: Annotated[
         int | None, typer.Option(help="To which the picture is resized first.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    device: cli_options.Device = None,
     out: Annotated[Path, typer.Option(help="The picture that is written.")] = Path(
         "fsa-compare.png"
     ),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fsa import cli_options
 from fsa.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,18 +64,10 @@ def evaluate(
     model: Annotated[
         str | None, typer.Option(help='"tiny" (embedded, the default), or an open_clip name.')
     ] = None,
-    pretrained: Annotated[
-        str | None, typer.Option(help="A tag of open_clip's, or a checkpoint file.")
-    ] = None,
-    vfm: Annotated[
-        str | None, typer.Option(help="For proxyclip: dino, dinov2, sam, mae, layer, layer:K.")
-    ] = None,
-    vfm_pretrained: Annotated[
-        str | None, typer.Option(help="A checkpoint file for the vfm.")
-    ] = None,
-    feedback: Annotated[
-        bool, typer.Option("--feedback/--no-feedback", help="With FSA, or the host alone.")
-    ] = True,
+    pretrained: cli_options.Pretrained = None,
+    vfm: cli_options.Vfm = None,
+    vfm_pretrained: cli_options.VfmPretrained = None,
+    feedback: cli_options.Feedback = True,
     preset: Annotated[
         str | None,
         typer.Option(help="proxyclip, sclip, clearclip or tiny; default the host's own."),
@@ -124,8 +117,8 @@ def evaluate(
     chunk: Annotated[
         int | None, typer.Option(help="Pictures per unit of work; default the window batch.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16.")] = None,
+    device: cli_options.Device = None,
+    dtype: cli_options.Dtype = None,
     backend: Annotated[Backend, typer.Option(help="Of the ops.")] = Backend.auto,
     out: Annotated[
         Path | None, typer.Option(help="Directory of the results; default fsa-eval/...")

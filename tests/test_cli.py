@@ -19,22 +19,6 @@ SMALL = ["--short-side", "64", "--window", "48", "--stride", "24"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fsa", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
 def picture(tmp_path):
     file = tmp_path / "pictures" / "cat.png"
     file.parent.mkdir()

@@ -13,28 +13,12 @@ import numpy as np
 import pytest
 from evaluation_data import folder, write_mask, write_picture
 
-from fsa import FSAConfig, InputError, cli, hosts
+from fsa import FSAConfig, InputError, hosts
 from fsa.evaluation import datasets, paper, protocol, report, sweep
 from fsa.evaluation.runner import Result
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--short-side", "64", "--window", "48", "--stride", "24", "--workers", "0"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs the command in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fsa", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
 
 
 def test_a_folder_to_a_number(run, tmp_path):
