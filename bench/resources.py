@@ -47,20 +47,29 @@ _POINTERS = {
 }
 # What the launcher finds about its arguments in the usual case: contiguous classes, features and
 # columns; allocations, padded sizes and the widths of models are multiples of 16.
-_ONES = ("stride_zc", "stride_uc", "stride_xf", "stride_vd")
+_ONES = (
+    *("stride_zc", "stride_uc", "stride_xf", "stride_vd", "stride_ad"),
+    *("stride_xe", "stride_ue", "stride_te"),
+)
 _MULTIPLES_OF_16 = (
     "D",
+    "E",
     "padded_C",
     "padded_F",
     "padded_N",
+    "stride_ab",
+    "stride_an",
     "stride_operand",
     "stride_row",
+    "stride_tc",
+    "stride_ub",
+    "stride_un",
     "stride_vb",
     "stride_vn",
     "stride_xb",
     "stride_xn",
 )
-_FLOATS = ("beta", "share", "limit", "shift", "gain")
+_FLOATS = ("beta", "share", "limit", "shift", "gain", "scale", "uniform_scale")
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ class Resources:
 
 def variants() -> Iterator[Variant]:
     """Every kernel in every bucket of the launch table that users meet."""
-    from fsa_kernels import feedback, proxy
+    from fsa_kernels import feedback, isolate, proxy
 
     def variant(name, kernel, pointers, plan, **constants) -> Variant:
         return Variant(
@@ -117,13 +126,26 @@ def variants() -> Iterator[Variant]:
             }
             yield variant(
                 f"isolate C<={plan.constants['BLOCK_C']} {label}",
-                feedback._isolate_kernel,
+                isolate._isolate_kernel,
                 pointers,
                 plan,
                 HAS_UNIFORM=True,
                 COSINE=False,
-                SAMPLES=feedback._SAMPLES,
+                SAMPLES=isolate._SAMPLES,
             )
+        for plan in _distinct(launch.predict(C, dtype) for C in (21, 171)):
+            for form, label_of_form in ((isolate._ONE, ""), (isolate._EACH, ", each")):
+                yield variant(
+                    f"predict C{'<=' if plan.constants['BLOCK_C'] == 32 else '>'}32{label_of_form} "
+                    f"{label}",
+                    isolate._predict_kernel,
+                    {"x_ptr": pointer, "u_ptr": pointer, "text_ptr": "*fp32"}
+                    | {"logits_ptr": "*fp32", "operands_ptr": "*fp16", "h_ptr": "*fp32"},
+                    plan,
+                    UNIFORM=form,
+                    COSINE=False,
+                    SAMPLES=isolate._SAMPLES,
+                )
     for N in (512, 4096):
         for exact in (True, False):
             yield variant(
@@ -162,14 +184,34 @@ def variants() -> Iterator[Variant]:
             {"x_ptr": pointer, "unit_ptr": unit, "sums_ptr": "*fp32"},
             launch.normalise(768),
         )
-        for D in (768, 1024, 1280):
+        precision = proxy._dot_precision(dtype)
+        for plan in _distinct(launch.affinity(N, dtype) for N in (512, 4096)):
             yield variant(
-                f"attend D={D} {label}",
-                proxy._attend_kernel,
-                {"unit_ptr": unit, "level_ptr": "*fp32", "v_ptr": pointer, "out_ptr": pointer},
-                launch.attend(D, dtype),
-                DOT_PRECISION="tf32x3" if dtype == torch.float32 else "tf32",
+                f"affinity {plan.constants['BLOCK_M']} rows {label}",
+                proxy._affinity_kernel,
+                {"unit_ptr": unit, "level_ptr": "*fp32", "weights_ptr": pointer}
+                | {"masses_ptr": "*fp32"},
+                plan,
+                DOT_PRECISION=precision,
             )
+        names = ("ADD", "GATHER", "AFTER", "BEFORE", "ONLY")
+        forms = {"apply": (), "apply, add": names[:1], "gather": names[1:]}
+        pointers = dict.fromkeys(
+            ("weights_ptr", "v_ptr", "add_ptr", "out_ptr", "columns_ptr"), pointer
+        )
+        for form, set_flags in forms.items():
+            for plan in _distinct(
+                launch.apply_affinity(rows, 768, dtype, form == "gather") for rows in (196, 4096)
+            ):
+                yield variant(
+                    f"{form} {plan.constants['BLOCK_M']} rows {label}",
+                    proxy._apply_kernel,
+                    pointers | {"masses_ptr": "*fp32"},
+                    plan,
+                    **{name: name in set_flags for name in names},
+                    DOT_PRECISION=precision,
+                    WEIGHTS_TILE=launch.WEIGHTS_TILE,
+                )
     yield variant(
         "level",
         proxy._level_kernel,

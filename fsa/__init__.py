@@ -1,7 +1,7 @@
 """Feedback self-adaptive attention (FSA) for training-free open-vocabulary segmentation with CLIP.
 
-The op:        `feedback_attention`, `adapt`, `feedback_step`, `proxy_attention`, `explain`,
-               `FSAConfig`
+The op:        `feedback_attention`, `adapt`, `feedback_step`, `proxy_attention`,
+               `ProxyAttention`, `explain`, `FSAConfig`
 The hosts:     `fsa.hosts.build(name, visual)`
 The segmentor: `load_segmentor(...)`, `Segmentor.segment(image, classes)`
 Your own code: `plug_in(visual, text_features)`, `unplug(visual)`, `published_feedback`
@@ -20,7 +20,14 @@ if TYPE_CHECKING:
     from fsa.config import FSAConfig
     from fsa.drop_in import plug_in, published_feedback, unplug
     from fsa.errors import FSAError, InputError, ModelUnavailableError, OutOfMemoryError
-    from fsa.ops import adapt, explain, feedback_attention, feedback_step, proxy_attention
+    from fsa.ops import (
+        ProxyAttention,
+        adapt,
+        explain,
+        feedback_attention,
+        feedback_step,
+        proxy_attention,
+    )
     from fsa.segmentor import Segmentation, Segmentor, load_segmentor
 
 __version__ = "0.1.0"
@@ -31,6 +38,7 @@ __all__ = [
     "InputError",
     "ModelUnavailableError",
     "OutOfMemoryError",
+    "ProxyAttention",
     "Segmentation",
     "Segmentor",
     "adapt",
@@ -52,6 +60,7 @@ _HOMES = {
     "InputError": "fsa.errors",
     "ModelUnavailableError": "fsa.errors",
     "OutOfMemoryError": "fsa.errors",
+    "ProxyAttention": "fsa.ops",
     "adapt": "fsa.ops",
     "explain": "fsa.ops",
     "feedback_attention": "fsa.ops",

@@ -216,19 +216,24 @@ class _Style:
         arguments: of `custom_attn`, by which the style is known.
         residual: whether the residual connection and the feed-forward network are kept; None
             where the tower's forward has an argument for it.
-        read: (attn_layer, x (L,B,D), the arguments by name, backend) -> what is computed.
+        read: (attn_layer, x (L,B,D), the arguments by name, backend, the configuration of the
+            feedback that will follow or None) -> what is computed.
         trial: (features (1,F,gh,gw)) -> the arguments with which the tower is tried.
     """
 
     name: str
     arguments: frozenset[str]
     residual: bool | None
-    read: Callable[[nn.Module, Tensor, dict[str, Any], str], _Call]
+    read: Callable[[nn.Module, Tensor, dict[str, Any], str, FSAConfig | None], _Call]
     trial: Callable[[Tensor], dict[str, Any]]
 
 
 def _read_proxyclip(
-    attn_layer: nn.Module, x: Tensor, arguments: dict[str, Any], backend: str
+    attn_layer: nn.Module,
+    x: Tensor,
+    arguments: dict[str, Any],
+    backend: str,
+    config: FSAConfig | None,
 ) -> _Call:
     attention = proxy_read_out(
         arguments["ex_feats"],
@@ -237,12 +242,17 @@ def _read_proxyclip(
         arguments["beta"],
         arguments["gamma"],
         backend,
+        config,
     )
     return _Call(attention, None)
 
 
 def _read_clearclip(
-    attn_layer: nn.Module, x: Tensor, arguments: dict[str, Any], backend: str
+    attn_layer: nn.Module,
+    x: Tensor,
+    arguments: dict[str, Any],
+    backend: str,
+    config: FSAConfig | None,
 ) -> _Call:
     model_type = arguments["model_type"]
     if model_type not in _MODEL_TYPES:
@@ -253,7 +263,13 @@ def _read_clearclip(
     return _self_attention(attn_layer, x, _MODEL_TYPES[model_type])
 
 
-def _read_sclip(attn_layer: nn.Module, x: Tensor, arguments: dict[str, Any], backend: str) -> _Call:
+def _read_sclip(
+    attn_layer: nn.Module,
+    x: Tensor,
+    arguments: dict[str, Any],
+    backend: str,
+    config: FSAConfig | None,
+) -> _Call:
     return _self_attention(attn_layer, x, _MODEL_TYPES["SCLIP" if arguments["csa"] else "vanilla"])
 
 
@@ -385,7 +401,7 @@ class _Plug:
                 "the plugged-in tower keeps the residual connection, for which the tokens must go "
                 "through ln_1 of its last block right before custom_attn; they did not"
             )
-        call = self.style.read(attn_layer, x, bound.arguments, self.backend)
+        call = self.style.read(attn_layer, x, bound.arguments, self.backend, self.config)
         self.text_features = self.text_features.to(x.device)
 
         def tail(heads: Tensor) -> Tensor:
@@ -426,7 +442,7 @@ class _Plug:
             raise InputError(f"{method} takes other arguments: {error}") from None
         bound.apply_defaults()
         theirs = self.original(*bound.args, **bound.kwargs)
-        call = self.style.read(attn_layer, x, bound.arguments, self.backend)
+        call = self.style.read(attn_layer, x, bound.arguments, self.backend, None)
         ours = _output(attn_layer, call.attention.attended, call.class_heads)
         if theirs.shape != ours.shape:
             raise InputError(

@@ -74,9 +74,9 @@ def attentions(
         host, images, text_features, vfm_features, config: as in `Host.features`.
     """
     tokens = host.tower.trunk(images)
-    attention = host.attention(tokens, images, vfm_features)
+    attention = host.attention(tokens, images, vfm_features, config)
     tail = partial(host.tail, tokens)
-    logits: list[tuple[Tensor, Tensor | None]] = []
+    seen: list[tuple[Tensor, Tensor | None]] = []
     heads = adapted_heads(
         attention,
         tail,
@@ -84,11 +84,15 @@ def attentions(
         config,
         host.backend,
         residual=host.residual,
-        observe=lambda *found: logits.append(found),
+        observe=lambda *features: seen.append(features),
     )
     matrix = attention_matrix(attention)
     feedback = ops.feedback_attention(
-        *logits[-1], config=config, dtype=matrix.dtype, backend=host.backend
+        *seen[-1],
+        text_features=text_features,
+        config=config,
+        dtype=matrix.dtype,
+        backend=host.backend,
     )
     forms = {
         "after": lambda: feedback @ matrix,

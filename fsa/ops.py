@@ -42,6 +42,7 @@ def feedback_attention(
     patch_logits: Tensor,
     uniform_logits: Tensor | None = None,
     *,
+    text_features: Tensor | None = None,
     config: FSAConfig | None = None,
     dtype: torch.dtype | None = None,
     backend: str = "auto",
@@ -54,6 +55,10 @@ def feedback_attention(
         uniform_logits: (B,1,C) or (B,N,C), already scaled (35 x cosine): the logits when every
             patch attends to all equally, subtracted for attention isolation (section 4.1). None,
             or `config.isolation=False`, subtracts nothing.
+        text_features: (C,E) of unit length. With it, the first two are no logits but features in
+            the space shared with text, of any length, with E in the place of C: their cosines
+            with the texts are taken in float32 and scaled by the configuration, in the launch
+            that goes on with them.
         config: default `FSAConfig()`.
         dtype: of the result; default that of `patch_logits`.
         backend: "auto", "triton" or "torch"; `fsa.explain` says what "auto" takes.
@@ -70,13 +75,14 @@ def feedback_attention(
         OutOfMemoryError: the result or the work on it does not fit.
     """
     config = _checked_config(config)
-    _check_logits(patch_logits, uniform_logits)
+    _check_logits(patch_logits, uniform_logits, text_features)
     dtype = patch_logits.dtype if dtype is None else dtype
     chosen = _choose(patch_logits.device, patch_logits.dtype, backend)
     _check_result_type(dtype, chosen.backend)
     return torch.ops.fsa.feedback_attention(
         patch_logits,
         uniform_logits if config.isolation else None,
+        text_features,
         *_op_options(config),
         dtype,
         chosen.backend,
@@ -139,8 +145,9 @@ def feedback_step(
     value: Tensor,
     patch_logits: Tensor,
     uniform_logits: Tensor | None,
-    attention: Tensor | Callable[[Tensor], Tensor] | None,
+    attention: Tensor | Callable[[Tensor], Tensor] | ProxyStep | None,
     *,
+    text_features: Tensor | None = None,
     attended: Tensor | None = None,
     config: FSAConfig | None = None,
     backend: str = "auto",
@@ -153,9 +160,10 @@ def feedback_step(
 
     Args:
         value: V (B,H,N,d).
-        patch_logits, uniform_logits: as `feedback_attention` takes them; their type may be another
-            than that of `value`.
-        attention, attended: as `adapt` takes them.
+        patch_logits, uniform_logits, text_features: as `feedback_attention` takes them; their type
+            may be another than that of `value`.
+        attention, attended: as `adapt` takes them; or a `ProxyStep`, which has gathered what it
+            needs of both.
         config: default `FSAConfig()`.
         backend: "auto", "triton" or "torch".
         stream: True never keeps A_f, False always does; None goes by its size.
@@ -168,7 +176,7 @@ def feedback_step(
     """
     config = _checked_config(config)
     _check_tensor("value", value, "(B, H, N, d)")
-    _check_logits(patch_logits, uniform_logits)
+    _check_logits(patch_logits, uniform_logits, text_features)
     B, _, N, _ = value.shape
     if patch_logits.shape[:2] != (B, N) or patch_logits.device != value.device:
         raise InputError(
@@ -177,21 +185,33 @@ def feedback_step(
         )
     if stream is None:
         stream = 4 * B * N * N > _STORED_BYTES
+    predictions = (patch_logits, uniform_logits if config.isolation else None, text_features)
     if not stream:
         feedback = feedback_attention(
-            patch_logits, uniform_logits, config=config, dtype=value.dtype, backend=backend
+            patch_logits,
+            uniform_logits,
+            text_features=text_features,
+            config=config,
+            dtype=value.dtype,
+            backend=backend,
         )
-        return adapt(value, feedback, attention, attended=attended, config=config, backend=backend)
-    chosen = _choose(patch_logits.device, patch_logits.dtype, backend)
-    _check_result_type(value.dtype, chosen.backend)
+        if not isinstance(attention, ProxyStep):
+            return adapt(
+                value, feedback, attention, attended=attended, config=config, backend=backend
+            )
+        apply_feedback = partial(torch_backend.rows_times, feedback)
+    else:
+        chosen = _choose(patch_logits.device, patch_logits.dtype, backend)
+        _check_result_type(value.dtype, chosen.backend)
+
+        def apply_feedback(columns: Tensor) -> Tensor:
+            return torch.ops.fsa.apply_feedback(
+                *predictions, columns, *_op_options(config), chosen.backend
+            )
+
+    if isinstance(attention, ProxyStep):
+        return attention.adapted(apply_feedback)
     _check_attention(value, attention, attended)
-    uniform_logits = uniform_logits if config.isolation else None
-
-    def apply_feedback(columns: Tensor) -> Tensor:
-        return torch.ops.fsa.apply_feedback(
-            patch_logits, uniform_logits, columns, *_op_options(config), chosen.backend
-        )
-
     inputs = {}
     if attention is not None and not callable(attention):
         inputs["attention"] = attention
@@ -240,38 +260,147 @@ def proxy_attention(
 ) -> Tensor:
     """ProxyCLIP's attention, by the affinity of another model's features, applied to values.
 
-    s = cosine of the features; s <- (s - shift * mean(s)) * gain; negative s are masked; softmax
-    over the rest. The mean is taken per image. A patch with nothing left attends to itself.
-    (Lan et al., "ProxyCLIP", ECCV 2024, section 3.3.)
+    `ProxyAttention(features, ...)(value)`.
 
     Args:
         features: (B,N,F), of any length; normalised here.
         value: (B,N,D), all heads side by side.
-        shift, gain: ProxyCLIP's constants (its beta and gamma).
-        backend: "auto", "triton" or "torch".
+        shift, gain, backend: as `ProxyAttention` takes them.
 
     Returns:
-        (B,N,D) in the type of `value`. No N x N matrix is kept.
+        (B,N,D) in the type of `value`.
 
     Raises:
         InputError: as `feedback_attention`. On a GPU, NaN and inf make their own image NaN.
         OutOfMemoryError: the result or the work on it does not fit.
     """
-    _check_tensor("features", features, "(B, N, F)")
-    _check_tensor("value", value, "(B, N, D)")
-    if features.shape[:2] != value.shape[:2]:
-        raise InputError(
-            f"features has shape {tuple(features.shape)} and value {tuple(value.shape)}: "
-            "the first two sizes, images and patches, must agree"
+    return ProxyAttention(features, shift=shift, gain=gain, backend=backend)(value)
+
+
+class ProxyAttention:
+    """ProxyCLIP's attention, prepared for more than one application.
+
+    s = cosine of the features; s <- (s - shift * mean(s)) * gain; negative s are masked; softmax
+    over the rest. The mean is taken per image. A patch with nothing left attends to itself.
+    (Lan et al., "ProxyCLIP", ECCV 2024, section 3.3.)
+
+    On a GPU the matrix is made once and kept, one entry in the type of the features for each pair
+    of patches, up to 512 MiB; beyond, and on the CPU, blocks of its rows are made for every
+    application.
+
+    Args:
+        features: (B,N,F), of any length; normalised here.
+        shift, gain: ProxyCLIP's constants (its beta and gamma).
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        InputError: as `feedback_attention`.
+        OutOfMemoryError: the work on it does not fit.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        *,
+        shift: float = PROXY_SHIFT,
+        gain: float = PROXY_GAIN,
+        backend: str = "auto",
+    ) -> None:
+        _check_tensor("features", features, "(B, N, F)")
+        # Written with comparisons, which torch.compile traces; NaN fails them.
+        if not (abs(shift) < math.inf and 0 < gain < math.inf):
+            raise InputError(
+                f"shift={shift!r} and gain={gain!r} are not accepted: they must be finite, gain > 0"
+            )
+        self.backend = _choose(features.device, features.dtype, backend).backend
+        self.gain = gain
+        self._features = features
+        B, N, _ = features.shape
+        stored = self.backend == "triton" and features.dtype.itemsize * B * N * N <= _STORED_BYTES
+        self._state = torch.ops.fsa.proxy_prepare(features, shift, gain, stored, self.backend)
+
+    def __call__(self, value: Tensor, *, add: Tensor | None = None) -> Tensor:
+        """The attention applied to values (B,N,D), plus a tensor of their shape.
+
+        Returns:
+            (B,N,D) in the type of `value`.
+        """
+        self._check_value(value)
+        return torch.ops.fsa.proxy_apply(*self._state, value, add, self.gain, self.backend)
+
+    def gather(
+        self, value: Tensor, adaptations: tuple[str, ...], scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """The attention applied to values V (B,N,D), and what a feedback step goes on with.
+
+        Returns:
+            A V, and after its last row the mean of V, (B,N+1,D); and columns (B,N,D) or (B,N,2D):
+            the sum of A V with "after" and V with "only", and beside it V with "before"; scaled.
+        """
+        self._check_value(value)
+        terms = (name in adaptations for name in ("after", "before", "only"))
+        return torch.ops.fsa.proxy_gather(
+            *self._state, value, self.gain, *terms, scale, self.backend
         )
-    _check_same("features", features, "value", value)
-    # Written with comparisons, which torch.compile traces; NaN fails them.
-    if not (abs(shift) < math.inf and 0 < gain < math.inf):
-        raise InputError(
-            f"shift={shift!r} and gain={gain!r} are not accepted: they must be finite, gain > 0"
+
+    def _check_value(self, value: Tensor) -> None:
+        features = self._features
+        _check_tensor("value", value, "(B, N, D)")
+        if features.shape[:2] != value.shape[:2]:
+            raise InputError(
+                f"features has shape {tuple(features.shape)} and value {tuple(value.shape)}: "
+                "the first two sizes, images and patches, must agree"
+            )
+        _check_same("features", features, "value", value)
+
+
+class ProxyStep:
+    """ProxyCLIP's attention in a feedback step: applied to the values, and once more to A_f V.
+
+    What lies between takes no launches of its own: the first application writes the columns that
+    A_f is multiplied with, the second adds the terms.
+
+    Attributes:
+        gathered: (B,H,N+1,d): A V, and after the last row V under uniform attention.
+
+    Args:
+        attention: of the images.
+        value: V (B,H,N,d).
+        config: only `adaptations` matters here.
+    """
+
+    def __init__(self, attention: ProxyAttention, value: Tensor, config: FSAConfig) -> None:
+        self._attention = attention
+        self._heads = value.shape[1]
+        self._adaptations = config.adaptations
+        gathered, self._columns = attention.gather(
+            heads_side_by_side(value), config.adaptations, 1 / len(config.adaptations)
         )
-    chosen = _choose(value.device, value.dtype, backend)
-    return torch.ops.fsa.proxy_attention(features, value, shift, gain, chosen.backend)
+        self.gathered = heads_apart(gathered, self._heads)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """The attention applied to other values (B,H,N,d)."""
+        return heads_apart(self._attention(heads_side_by_side(value)), self._heads)
+
+    def adapted(self, apply_feedback: Callable[[Tensor], Tensor]) -> Tensor:
+        """The adapted values (B,H,N,d), given what multiplies columns (B,N,K) with A_f."""
+        dtype = self._columns.dtype
+        product = apply_feedback(self._columns)
+        if "before" in self._adaptations:
+            width = self.gathered.shape[1] * self.gathered.shape[-1]
+            add = product[..., :width] if len(self._adaptations) > 1 else None
+            product = self._attention(product[..., -width:].to(dtype), add=add)
+        return heads_apart(product.to(dtype), self._heads)
+
+
+def heads_side_by_side(value: Tensor) -> Tensor:
+    """Values of heads (B,H,N,d) as (B,N,D)."""
+    return value.transpose(1, 2).flatten(2)
+
+
+def heads_apart(value: Tensor, heads: int) -> Tensor:
+    """Values (B,N,D) as those of heads (B,H,N,d)."""
+    return value.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -391,12 +520,22 @@ def _check_tensor(
         )
 
 
-def _check_logits(patch_logits: Tensor, uniform_logits: Tensor | None) -> None:
+def _check_logits(
+    patch_logits: Tensor, uniform_logits: Tensor | None, text_features: Tensor | None
+) -> None:
     _check_tensor("patch_logits", patch_logits, "(B, N, C)")
+    B, N, C = patch_logits.shape
+    if text_features is not None:
+        _check_tensor("text_features", text_features, "(C, E)")
+        if text_features.shape[1] != C or text_features.device != patch_logits.device:
+            raise InputError(
+                f"text_features has shape {tuple(text_features.shape)} on {text_features.device} "
+                f"and patch_logits, which are features then, {tuple(patch_logits.shape)} on "
+                f"{patch_logits.device}: width and device must agree"
+            )
     if uniform_logits is None:
         return
     _check_tensor("uniform_logits", uniform_logits, "(B, 1, C) or (B, N, C)")
-    B, N, C = patch_logits.shape
     if uniform_logits.shape not in ((B, 1, C), (B, N, C)):
         raise InputError(
             f"uniform_logits has shape {tuple(uniform_logits.shape)}; with patch_logits of "
@@ -491,8 +630,8 @@ _pytree.register_pytree_node(
 
 
 _OPTIONS = (
-    "float beta, float confidence, str similarity, str? pruning, float ratio, float threshold, "
-    "bool scaling, str precision"
+    "float beta, float confidence, float logit_scale, float uniform_logit_scale, "
+    "str similarity, str? pruning, float ratio, float threshold, bool scaling, str precision"
 )
 _OPTION_NAMES = tuple(option.split()[1] for option in _OPTIONS.split(", "))
 
@@ -506,34 +645,40 @@ def _op_options(config: FSAConfig) -> tuple[Any, ...]:
 
 
 def _checked_options(
-    patch_logits: Tensor, uniform_logits: Tensor | None, options: tuple[Any, ...], backend: str
+    predictions: tuple[Tensor, Tensor | None, Tensor | None],
+    options: tuple[Any, ...],
+    backend: str,
 ) -> dict[str, Any]:
-    """The options by name, for a backend; logits are looked at where that costs nothing."""
-    _check_finite("patch_logits", patch_logits)
-    if uniform_logits is not None:
-        _check_finite("uniform_logits", uniform_logits)
+    """The options by name, for a backend; predictions are looked at where that costs nothing."""
+    names = ("patch_logits", "uniform_logits", "text_features")
+    for name, tensor in zip(names, predictions, strict=True):
+        if tensor is not None:
+            _check_finite(name, tensor)
     named = dict(zip(_OPTION_NAMES, options, strict=True))
     if backend == "torch":
         del named["precision"]
     return named
 
 
+_PREDICTIONS = "Tensor patch_logits, Tensor? uniform_logits, Tensor? text_features"
+
+
 @torch.library.custom_op(
     "fsa::feedback_attention",
     mutates_args=(),
-    schema=f"(Tensor patch_logits, Tensor? uniform_logits, {_OPTIONS}, ScalarType dtype, "
-    "str backend) -> Tensor",
+    schema=f"({_PREDICTIONS}, {_OPTIONS}, ScalarType dtype, str backend) -> Tensor",
 )
-def _feedback_attention(patch_logits, uniform_logits, *arguments):
+def _feedback_attention(patch_logits, uniform_logits, text_features, *arguments):
     *options, dtype, backend = arguments
-    options = _checked_options(patch_logits, uniform_logits, options, backend)
+    predictions = (patch_logits, uniform_logits, text_features)
+    options = _checked_options(predictions, options, backend)
     module = fsa_kernels if backend == "triton" else torch_backend
     with _out_of_memory("feedback attention", patch_logits):
-        return module.feedback_attention(patch_logits, uniform_logits, dtype=dtype, **options)
+        return module.feedback_attention(*predictions, dtype=dtype, **options)
 
 
 @_feedback_attention.register_fake
-def _(patch_logits, uniform_logits, *arguments):
+def _(patch_logits, uniform_logits, text_features, *arguments):
     *_, dtype, backend = arguments
     B, N, _ = patch_logits.shape
     if backend == "triton":
@@ -545,19 +690,19 @@ def _(patch_logits, uniform_logits, *arguments):
 @torch.library.custom_op(
     "fsa::apply_feedback",
     mutates_args=(),
-    schema=f"(Tensor patch_logits, Tensor? uniform_logits, Tensor columns, {_OPTIONS}, "
-    "str backend) -> Tensor",
+    schema=f"({_PREDICTIONS}, Tensor columns, {_OPTIONS}, str backend) -> Tensor",
 )
-def _apply_feedback(patch_logits, uniform_logits, columns, *arguments):
+def _apply_feedback(patch_logits, uniform_logits, text_features, columns, *arguments):
     *options, backend = arguments
-    options = _checked_options(patch_logits, uniform_logits, options, backend)
+    predictions = (patch_logits, uniform_logits, text_features)
+    options = _checked_options(predictions, options, backend)
     module = fsa_kernels if backend == "triton" else torch_backend
     with _out_of_memory("applied feedback attention", patch_logits):
-        return module.apply_feedback(patch_logits, uniform_logits, columns, **options)
+        return module.apply_feedback(*predictions, columns, **options)
 
 
 @_apply_feedback.register_fake
-def _(patch_logits, uniform_logits, columns, *_):
+def _(patch_logits, uniform_logits, text_features, columns, *_):
     return torch.empty(columns.shape, dtype=columns.dtype, device=columns.device)
 
 
@@ -585,19 +730,72 @@ def _(value, *_):
 
 
 @torch.library.custom_op(
-    "fsa::proxy_attention",
+    "fsa::proxy_prepare",
     mutates_args=(),
-    schema="(Tensor features, Tensor value, float shift, float gain, str backend) -> Tensor",
+    schema="(Tensor features, float shift, float gain, bool stored, str backend) "
+    "-> (Tensor, Tensor)",
 )
-def _proxy_attention(features, value, shift, gain, backend):
-    op = fsa_kernels.proxy_attention if backend == "triton" else torch_backend.proxy_attention
+def _proxy_prepare(features, shift, gain, stored, backend):
     _check_finite("features", features)
+    with _out_of_memory("the affinity of features", features):
+        if backend == "triton":
+            return fsa_kernels.proxy_prepare(features, shift=shift, gain=gain, stored=stored)
+        return torch_backend.proxy_prepare(features, shift=shift)
+
+
+@_proxy_prepare.register_fake
+def _(features, shift, gain, stored, backend):
+    B, N, F = features.shape
+    if backend == "torch":
+        dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+        return features.new_empty((B, N, F), dtype=dtype), features.new_empty((B,), dtype=dtype)
+    shapes = launch.proxy_state(B, N, F, features.dtype, stored)
+    return tuple(features.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
+
+
+@torch.library.custom_op(
+    "fsa::proxy_apply",
+    mutates_args=(),
+    schema="(Tensor first, Tensor second, Tensor value, Tensor? add, float gain, str backend) "
+    "-> Tensor",
+)
+def _proxy_apply(first, second, value, add, gain, backend):
+    module = fsa_kernels if backend == "triton" else torch_backend
     with _out_of_memory("attended values", value):
-        attended = op(features, value, shift=shift, gain=gain)
+        attended = module.proxy_apply((first, second), value, gain=gain, add=add)
     _check_finite_product(attended, {"value": value})
     return attended
 
 
-@_proxy_attention.register_fake
-def _(features, value, *_):
+@_proxy_apply.register_fake
+def _(first, second, value, *_):
     return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+
+
+@torch.library.custom_op(
+    "fsa::proxy_gather",
+    mutates_args=(),
+    schema="(Tensor first, Tensor second, Tensor value, float gain, bool after, bool before, "
+    "bool only, float scale, str backend) -> (Tensor, Tensor)",
+)
+def _proxy_gather(first, second, value, gain, after, before, only, scale, backend):
+    module = fsa_kernels if backend == "triton" else torch_backend
+    with _out_of_memory("attended values", value):
+        gathered, columns = module.proxy_gather(
+            (first, second),
+            value,
+            gain=gain,
+            after=after,
+            before=before,
+            only=only,
+            scale=scale,
+        )
+    _check_finite_product(gathered, {"value": value})
+    return gathered, columns
+
+
+@_proxy_gather.register_fake
+def _(first, second, value, gain, after, before, only, *_):
+    B, N, D = value.shape
+    halves = 2 if before and (after or only) else 1
+    return value.new_empty((B, N + 1, D)), value.new_empty((B, N, halves * D))

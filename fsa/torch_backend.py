@@ -39,23 +39,32 @@ _ONEDNN_LEAST_PATCHES = 256
 
 
 def feedback_attention(
-    patch_logits: Tensor, uniform_logits: Tensor | None, *, dtype: torch.dtype, **options: Any
+    patches: Tensor,
+    uniform: Tensor | None,
+    text_features: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    **options: Any,
 ) -> Tensor:
-    """A_f (B,N,N) in `dtype`; see `fsa.feedback_attention`, and `_Feedback` for the options."""
-    B, N, _ = patch_logits.shape
-    feedback = _Feedback(patch_logits, uniform_logits, **options)
-    out = torch.empty((B, N, N), dtype=dtype, device=patch_logits.device)
+    """A_f (B,N,N) in `dtype`; see `_Feedback` for the rest."""
+    B, N, _ = patches.shape
+    feedback = _Feedback(patches, uniform, text_features, **options)
+    out = torch.empty((B, N, N), dtype=dtype, device=patches.device)
     for images, rows in _blocks(B, N, out.device):
         out[images, rows] = feedback.rows(images, rows)
     return out
 
 
 def apply_feedback(
-    patch_logits: Tensor, uniform_logits: Tensor | None, columns: Tensor, **options: Any
+    patches: Tensor,
+    uniform: Tensor | None,
+    text_features: Tensor | None,
+    columns: Tensor,
+    **options: Any,
 ) -> Tensor:
     """A_f times columns (B,N,K), in their type, by strips of rows; no N x N matrix is kept."""
-    B, N, _ = patch_logits.shape
-    feedback = _Feedback(patch_logits, uniform_logits, **options)
+    B, N, _ = patches.shape
+    feedback = _Feedback(patches, uniform, text_features, **options)
     out = torch.empty_like(columns)
     strip_rows = max(1, _STRIP_ENTRIES // N)
     for image in range(B):
@@ -76,17 +85,22 @@ class _Feedback:
     A patch whose logits are not finite gets a row of NaN and is never kept by another.
 
     Args:
-        patch_logits, uniform_logits: as `fsa.feedback_attention` takes them.
-        beta, confidence, similarity, pruning, ratio, threshold, scaling: as in `FSAConfig`.
+        patches, uniform: logits, or with text features, features; as `fsa.feedback_attention`
+            takes them.
+        text_features: (C,E), or None.
+        beta and the rest: as in `FSAConfig`.
     """
 
     def __init__(
         self,
-        patch_logits: Tensor,
-        uniform_logits: Tensor | None,
+        patches: Tensor,
+        uniform: Tensor | None,
+        text_features: Tensor | None,
         *,
         beta: float,
         confidence: float,
+        logit_scale: float = 1.0,
+        uniform_logit_scale: float = 1.0,
         similarity: str,
         pruning: str | None,
         ratio: float,
@@ -95,9 +109,13 @@ class _Feedback:
     ) -> None:
         self.beta, self.scaling = beta, scaling
         self.kept = (pruning, confidence, ratio, threshold)
-        logits = _widen(patch_logits)
-        if uniform_logits is not None:
-            logits = logits - _widen(uniform_logits)
+        if text_features is not None:
+            patches = logit_scale * cosines(patches, text_features)
+            if uniform is not None:
+                uniform = uniform_logit_scale * cosines(uniform, text_features)
+        logits = _widen(patches)
+        if uniform is not None:
+            logits = logits - _widen(uniform)
         probabilities = logits.softmax(dim=-1)
         # Asked of the logits: of -inf alone the softmax makes a finite 0.
         self.broken = ~logits.isfinite().all(dim=-1)
@@ -301,12 +319,20 @@ def _onednn_product(weights: Tensor, columns: Tensor) -> Tensor:
     return product.to_dense()
 
 
-def proxy_attention(features: Tensor, value: Tensor, *, shift: float, gain: float) -> Tensor:
-    """ProxyCLIP's attention applied to value (B,N,D); see `fsa.proxy_attention`."""
-    B, N, _ = value.shape
+def proxy_prepare(features: Tensor, *, shift: float) -> tuple[Tensor, Tensor]:
+    """What all applications of ProxyCLIP's attention share: unit features and the threshold."""
     unit = functional.normalize(_widen(features), dim=-1)
     # mean_ij(x_i . x_j) = |mean_i x_i|^2: the threshold needs no N x N matrix.
-    level = shift * unit.mean(dim=1).square().sum(dim=-1)[:, None, None]
+    return unit, shift * unit.mean(dim=1).square().sum(dim=-1)
+
+
+def proxy_apply(
+    state: tuple[Tensor, Tensor], value: Tensor, *, gain: float, add: Tensor | None = None
+) -> Tensor:
+    """ProxyCLIP's attention applied to value (B,N,D), plus a tensor; see `fsa.ProxyAttention`."""
+    unit, level = state
+    level = level[:, None, None]
+    B, N, _ = value.shape
     columns = _widen(value)
     out = torch.empty_like(value)
     for images, rows in _blocks(B, N, value.device):
@@ -319,8 +345,39 @@ def proxy_attention(features: Tensor, value: Tensor, *, shift: float, gain: floa
         itself = itself[rows, None] == itself
         below &= ~(alone & itself)
         affinity.mul_(gain).masked_fill_(below, -math.inf)
-        out[images, rows] = torch.bmm(affinity.softmax(dim=-1), columns[images]).to(value.dtype)
+        attended = torch.bmm(affinity.softmax(dim=-1), columns[images])
+        if add is not None:
+            attended += add[images, rows]
+        out[images, rows] = attended.to(value.dtype)
     return out
+
+
+def proxy_gather(
+    state: tuple[Tensor, Tensor],
+    value: Tensor,
+    *,
+    gain: float,
+    after: bool,
+    before: bool,
+    only: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """See `fsa_kernels.proxy.gather`."""
+    attended = proxy_apply(state, value, gain=gain)
+    gathered = torch.cat([attended, value.mean(dim=1, keepdim=True)], dim=1)
+    sides = [[attended] * after + [value] * only, [value] * before]
+    columns = torch.cat([scale * sum(side) for side in sides if side], dim=-1)
+    return gathered, columns
+
+
+def cosines(features: Tensor, text_features: Tensor) -> Tensor:
+    """Cosines (B,N,C) of features (B,N,E), of any length, and texts (C,E) of unit length.
+
+    In float32 whatever the features' type: the differences that feedback lives on are of the size
+    of half precision's rounding at 20 times a cosine.
+    """
+    unit = functional.normalize(_widen(features), dim=-1)
+    return unit @ text_features.to(unit.dtype).T
 
 
 def _widen(tensor: Tensor) -> Tensor:

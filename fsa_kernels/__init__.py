@@ -2,9 +2,10 @@
 
 Imports without Triton and without a GPU; the kernels themselves are imported when first called.
 
-    feedback_attention   logits -> A_f, in three launches, at least as exact as float32
+    feedback_attention   logits, or features and texts, -> A_f, in three launches
     apply_feedback       A_f times columns, without an N x N matrix
-    proxy_attention      affinity of features applied to values, without an N x N matrix
+    proxy_prepare, proxy_apply, proxy_gather
+                         the affinity of features, applied to values once or more
     warmup               compiles ahead of the first call
 
 Inputs are trusted here; `fsa.ops` checks them.
@@ -24,7 +25,9 @@ __all__ = [
     "available",
     "feedback_attention",
     "interpreting",
-    "proxy_attention",
+    "proxy_apply",
+    "proxy_gather",
+    "proxy_prepare",
     "warmup",
 ]
 
@@ -43,29 +46,39 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def feedback_attention(
-    patch_logits: Tensor, uniform_logits: Tensor | None, **options: Any
-) -> Tensor:
+def feedback_attention(*args: Any, **options: Any) -> Tensor:
     """See `fsa_kernels.feedback.feedback_attention`."""
     from fsa_kernels import feedback
 
-    return feedback.feedback_attention(patch_logits, uniform_logits, **options)
+    return feedback.feedback_attention(*args, **options)
 
 
-def apply_feedback(
-    patch_logits: Tensor, uniform_logits: Tensor | None, columns: Tensor, **options: Any
-) -> Tensor:
+def apply_feedback(*args: Any, **options: Any) -> Tensor:
     """See `fsa_kernels.feedback.apply_feedback`."""
     from fsa_kernels import feedback
 
-    return feedback.apply_feedback(patch_logits, uniform_logits, columns, **options)
+    return feedback.apply_feedback(*args, **options)
 
 
-def proxy_attention(features: Tensor, value: Tensor, *, shift: float, gain: float) -> Tensor:
-    """See `fsa_kernels.proxy.proxy_attention`."""
+def proxy_prepare(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """See `fsa_kernels.proxy.prepare`."""
     from fsa_kernels import proxy
 
-    return proxy.proxy_attention(features, value, shift=shift, gain=gain)
+    return proxy.prepare(*args, **options)
+
+
+def proxy_apply(*args: Any, **options: Any) -> Tensor:
+    """See `fsa_kernels.proxy.apply`."""
+    from fsa_kernels import proxy
+
+    return proxy.apply(*args, **options)
+
+
+def proxy_gather(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """See `fsa_kernels.proxy.gather`."""
+    from fsa_kernels import proxy
+
+    return proxy.gather(*args, **options)
 
 
 def warmup(*args: Any, **kwargs: Any) -> None:

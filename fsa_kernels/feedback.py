@@ -1,8 +1,6 @@
-"""Logits -> feedback attention A_f, in three launches.
+"""Class predictions -> feedback attention A_f, in three launches.
 
-    isolate     one program: 8 or 16 patches of one image, all classes in chunks.
-                P = softmax(z - u), L = log(P + 1e-10) - m, h = sum_c P L; P and L each as two
-                halves. Reads the logits three times (cached), writes 4 x B N C halves.
+    operands    P and L each as two halves, and h; see `fsa_kernels.isolate`.
     similarity  one program: a tile of one image's N x N. Three tensor-core products per chunk of
                 classes, float32 accumulation; S = 1 / (1 + max(0, h_i - P_i . L_j)), written in
                 float32. Reads 4 x 2 B per class and row or column of the tile.
@@ -13,11 +11,6 @@
 A_f takes the place of S row by row, so 4 B an entry are kept and no more: in half precision its
 rows lie twice their length apart. `apply_feedback` does the last two launches for a block of rows
 at a time and multiplies each block at once, so it keeps no N x N matrix at all.
-
-Why halves: x = hi + lo with hi = half(x), lo = half(x - hi) keeps 22 bits, so hi hi + hi lo + lo hi
-is as exact as float32 at the rate of half precision. P is scaled by 1024 to keep lo out of the
-subnormal numbers. KL does not change when one row m is taken from all of l, and any m will do: the
-mean of l over a few patches makes L small without a pass over the image that all programs wait for.
 
 A patch with logits that are not finite gets a row of NaN; no other row keeps it.
 """
@@ -32,10 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsa_kernels import launch
+from fsa_kernels import isolate, launch
+from fsa_kernels.isolate import SCALE
 
-_SAMPLES = 16
-_P_SCALE = 1024.0
 _PRUNINGS = {"confidence": 0, "ratio": 1, "threshold": 2, None: 3}
 
 # In the workspace of similarities: a patch that no row may keep.
@@ -45,146 +37,6 @@ CONFIDENCE: tl.constexpr = tl.constexpr(0)
 RATIO: tl.constexpr = tl.constexpr(1)
 THRESHOLD: tl.constexpr = tl.constexpr(2)
 ABSENT: tl.constexpr = tl.constexpr(_ABSENT)
-P_SCALE: tl.constexpr = tl.constexpr(_P_SCALE)
-FLOOR: tl.constexpr = tl.constexpr(1e-10)
-
-
-# --------------------------------------------------------------------------------------------------
-# isolate
-
-
-@triton.jit
-def _load_difference(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM: tl.constexpr):
-    """Logits minus uniform logits of a tile, float32; -inf outside."""
-    c = c.to(tl.int64)[None, :]
-    z = tl.load(z_row[:, None] + c * stride_zc, mask=mask, other=0.0).to(tl.float32)
-    if HAS_UNIFORM:
-        z -= tl.load(u_row[:, None] + c * stride_uc, mask=mask, other=0.0).to(tl.float32)
-    return tl.where(mask, z, float("-inf"))
-
-
-@triton.jit
-def _softmax_statistics(
-    z_row,
-    u_row,
-    stride_zc,
-    stride_uc,
-    valid,
-    C,
-    HAS_UNIFORM: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Maximum and sum of exponentials of rows, by chunks; NaN where a logit is not finite."""
-    top = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    # NaN - and inf - inf - in any logit makes this NaN; maxima alone may drop a NaN.
-    alarm = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        mask = valid[:, None] & (c < C)[None, :]
-        x = _load_difference(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM)
-        inside = tl.where(mask, x, 0.0)
-        alarm += tl.sum(inside - inside, axis=1)
-        new_top = tl.maximum(top, tl.max(x, axis=1))
-        # Rows outside have no finite maximum yet; keep exp away from inf - inf.
-        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - reference) + tl.sum(tl.exp(x - reference[:, None]), axis=1)
-        top = new_top
-    return top, total + alarm
-
-
-@triton.jit(do_not_specialize=["N", "C"])
-def _isolate_kernel(
-    z_ptr,
-    u_ptr,
-    operands_ptr,
-    h_ptr,
-    N,
-    C,
-    stride_zb,
-    stride_zn,
-    stride_zc,
-    stride_ub,
-    stride_un,
-    stride_uc,
-    stride_operand,
-    padded_C,
-    HAS_UNIFORM: tl.constexpr,
-    COSINE: tl.constexpr,
-    SAMPLES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    blocks = tl.cdiv(N, BLOCK_N)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    n = (tl.program_id(0) % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    valid = n < N
-    z_image = z_ptr + b * stride_zb
-    u_image = u_ptr + b * stride_ub
-    z_row = z_image + n.to(tl.int64) * stride_zn
-    u_row = u_image + n.to(tl.int64) * stride_un
-    top, total = _softmax_statistics(
-        z_row, u_row, stride_zc, stride_uc, valid, C, HAS_UNIFORM, BLOCK_N, BLOCK_C
-    )
-    intact = valid & (total == total) & (total < float("inf"))
-
-    # The patches that the centre is the mean of, the same ones for every program of the image.
-    s = (tl.arange(0, SAMPLES).to(tl.int64) * N) // SAMPLES
-    z_sample = z_image + s * stride_zn
-    u_sample = u_image + s * stride_un
-    anywhere = tl.full((SAMPLES,), 1, tl.int1)
-    if not COSINE:
-        sample_top, sample_total = _softmax_statistics(
-            z_sample, u_sample, stride_zc, stride_uc, anywhere, C, HAS_UNIFORM, SAMPLES, BLOCK_C
-        )
-        sample_intact = (sample_total == sample_total) & (sample_total < float("inf"))
-        samples = tl.maximum(tl.sum(sample_intact.to(tl.float32), axis=0), 1.0)
-
-    # Cosine needs the length of each row of P before it can be written.
-    squares = tl.zeros((BLOCK_N,), tl.float32)
-    if COSINE:
-        for start in range(0, C, BLOCK_C):
-            c = start + tl.arange(0, BLOCK_C)
-            mask = valid[:, None] & (c < C)[None, :]
-            x = _load_difference(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM)
-            p = tl.where(mask, tl.exp(x - top[:, None]) / total[:, None], 0.0)
-            squares += tl.sum(p * p, axis=1)
-
-    h = tl.zeros((BLOCK_N,), tl.float32)
-    row = (b * N + n) * padded_C
-    for start in range(0, padded_C, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        mask = valid[:, None] & (c < C)[None, :]
-        x = _load_difference(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM)
-        p = tl.exp(x - top[:, None]) / total[:, None]
-        p = tl.where(mask & intact[:, None], p, 0.0)
-        if COSINE:
-            p = p / tl.maximum(tl.sqrt(squares), 1e-12)[:, None]
-            p = tl.where(mask & intact[:, None], p, 0.0)
-            right = p
-        else:
-            sample_mask = anywhere[:, None] & (c < C)[None, :]
-            y = _load_difference(
-                z_sample, u_sample, stride_zc, stride_uc, c, sample_mask, HAS_UNIFORM
-            )
-            y = tl.log(tl.exp(y - sample_top[:, None]) / sample_total[:, None] + FLOOR)
-            y = tl.where(sample_mask & sample_intact[:, None], y, 0.0)
-            centre = tl.sum(y, axis=0) / samples
-            right = tl.log(p + FLOOR) - centre[None, :]
-            right = tl.where(mask & intact[:, None], right, 0.0)
-            h += tl.sum(p * right, axis=1)
-        left = p * P_SCALE
-        left_high = left.to(tl.float16)
-        right_high = right.to(tl.float16)
-        out = operands_ptr + row[:, None] + c[None, :]
-        to_next = tl.cast(stride_operand, tl.int64)
-        inside = valid[:, None] & (c < padded_C)[None, :]
-        tl.store(out, left_high, mask=inside)
-        tl.store(out + to_next, (left - left_high.to(tl.float32)).to(tl.float16), inside)
-        tl.store(out + 2 * to_next, right_high, mask=inside)
-        tl.store(out + 3 * to_next, (right - right_high.to(tl.float32)).to(tl.float16), inside)
-    tl.store(h_ptr + b * N + n, tl.where(intact, h, float("nan")), mask=valid)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -234,7 +86,7 @@ def _similarity_kernel(
             total = tl.dot(left_low, right_high, total)
             total = tl.dot(left_high, right_low, total)
         total = tl.dot(left_high, right_high, total)
-    total = total / P_SCALE
+    total = total / SCALE
 
     h_j = tl.load(h_ptr + b * N + j, mask=j < N, other=0.0)
     if COSINE:
@@ -446,36 +298,48 @@ _BLOCK_ROWS = 128
 
 
 def feedback_attention(
-    patch_logits: Tensor, uniform_logits: Tensor | None, *, dtype: torch.dtype, **options: object
+    patches: Tensor,
+    uniform: Tensor | None,
+    text_features: Tensor | None = None,
+    *,
+    dtype: torch.dtype,
+    **options: object,
 ) -> Tensor:
     """A_f (B,N,N), with `launch.result_strides`.
 
     Args:
-        patch_logits: (B,N,C), scaled; float16, bfloat16 or float32; any strides.
-        uniform_logits: (B,1,C) or (B,N,C), scaled, or None.
+        patches: logits (B,N,C), scaled; or with texts, features (B,N,E) of any length. float16,
+            bfloat16 or float32; any strides.
+        uniform: the same under uniform attention, (B,1,C) or (B,N,C), or with E; or None.
+        text_features: (C,E) of unit length, or None.
         dtype: of A_f: float16, bfloat16 or float32.
         **options: as in `_Options`.
 
-    Takes 4 B N^2 bytes, the result among them, and (8 C + 4) B N besides.
+    Takes 4 B N^2 bytes, the result among them, and (8 C + 4) B N besides; from features, 8 C B N
+    more before A_f is begun, and twice that where each patch has a uniform row of its own.
     """
-    feedback = Feedback(patch_logits, uniform_logits, **options)
-    return feedback.rows(0, patch_logits.shape[1], dtype)
+    feedback = Feedback(patches, uniform, text_features, **options)
+    return feedback.rows(0, patches.shape[1], dtype)
 
 
 def apply_feedback(
-    patch_logits: Tensor, uniform_logits: Tensor | None, columns: Tensor, **options: object
+    patches: Tensor,
+    uniform: Tensor | None,
+    text_features: Tensor | None,
+    columns: Tensor,
+    **options: object,
 ) -> Tensor:
     """A_f times columns (B,N,K), by blocks of rows; no N x N matrix is kept.
 
     Args:
-        patch_logits, uniform_logits, **options: as `feedback_attention` takes them.
+        patches, uniform, text_features, **options: as `feedback_attention` takes them.
         columns: (B,N,K) float16, bfloat16 or float32; A_f is rounded to their type.
 
-    Takes (8 C + 4) B N bytes besides the result (B,N,K), and for similarities 24 MiB or 128 rows of
-    each image, whichever is more.
+    Takes what `feedback_attention` takes, but for A_f: the result (B,N,K), and for similarities
+    24 MiB or 128 rows of each image, whichever is more.
     """
-    B, N, _ = patch_logits.shape
-    feedback = Feedback(patch_logits, uniform_logits, **options)
+    B, N, _ = patches.shape
+    feedback = Feedback(patches, uniform, text_features, **options)
     count = _BLOCK_BYTES // (B * launch.padded_row(N) * torch.float32.itemsize)
     count = max(_BLOCK_ROWS, count // _BLOCK_ROWS * _BLOCK_ROWS)
     out = torch.empty((B, N, columns.shape[-1]), dtype=columns.dtype, device=columns.device)
@@ -491,6 +355,8 @@ class _Options:
 
     beta: float
     confidence: float
+    logit_scale: float = 1.0
+    uniform_logit_scale: float = 1.0
     similarity: str = "kl"
     pruning: str | None = "confidence"
     ratio: float = 0.4
@@ -500,44 +366,41 @@ class _Options:
 
 
 class Feedback:
-    """A_f of some images, whole or by blocks of rows; the first launch is done at once."""
+    """A_f of some images, whole or by blocks of rows; the first launch is done at once.
+
+    Args:
+        patches, uniform, text_features: as `feedback_attention` takes them.
+        **options: as in `_Options`.
+    """
 
     def __init__(
-        self, patch_logits: Tensor, uniform_logits: Tensor | None, **options: object
+        self,
+        patches: Tensor,
+        uniform: Tensor | None,
+        text_features: Tensor | None,
+        **options: object,
     ) -> None:
-        B, N, C = patch_logits.shape
         self.options = _Options(**options)
-        self.shape = (B, N, C)
-        self.padded_C = launch.round_up(C, launch.CLASS_STEP)
-        device = patch_logits.device
-        self.operands = torch.empty((4, B, N, self.padded_C), dtype=torch.float16, device=device)
-        self.h = torch.empty((B, N), dtype=torch.float32, device=device)
-        uniform = patch_logits if uniform_logits is None else uniform_logits.expand_as(patch_logits)
-        plan = launch.isolate(C)
-        with launch.on_device(patch_logits):
-            _isolate_kernel[(B * triton.cdiv(N, plan.constants["BLOCK_N"]),)](
-                patch_logits,
+        cosine = self.options.similarity == "cosine"
+        if text_features is None:
+            self.operands = isolate.isolate(patches, uniform, cosine=cosine)
+        else:
+            self.operands = isolate.predict(
+                patches,
                 uniform,
-                self.operands,
-                self.h,
-                N,
-                C,
-                *patch_logits.stride(),
-                *uniform.stride(),
-                self.operands.stride(0),
-                self.padded_C,
-                HAS_UNIFORM=uniform_logits is not None,
-                COSINE=self.options.similarity == "cosine",
-                SAMPLES=_SAMPLES,
-                **plan.arguments(),
+                text_features,
+                scale=self.options.logit_scale,
+                uniform_scale=self.options.uniform_logit_scale,
+                cosine=cosine,
             )
 
     def rows(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """Rows `first` to `first + count` of A_f, (B,count,N) in `dtype`, in two launches."""
-        B, N, _ = self.shape
+        halves, h = self.operands.halves, self.operands.h
+        B, N = h.shape
         options = self.options
         padded_N = launch.padded_row(N)
-        S = torch.empty((B, count, padded_N), dtype=torch.float32, device=self.h.device)
+        S = torch.empty((B, count, padded_N), dtype=torch.float32, device=h.device)
         out = S.view(dtype)
         limit = options.threshold
         if options.pruning == "ratio":
@@ -548,14 +411,14 @@ class Feedback:
                 N, plan.constants["BLOCK_N"]
             )
             _similarity_kernel[(B * tiles,)](
-                self.operands,
-                self.h,
+                halves,
+                h,
                 S,
                 N,
                 first,
                 count,
-                self.operands.stride(0),
-                self.padded_C,
+                halves.stride(0),
+                halves.shape[-1],
                 padded_N,
                 COSINE=options.similarity == "cosine",
                 EXACT=options.precision == "exact",
@@ -568,7 +431,7 @@ class Feedback:
                 kernel, plan = _select_long_kernel, launch.select_long()
             kernel[(B * count,)](
                 S,
-                self.h,
+                h,
                 out,
                 N,
                 first,

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+import fsa_kernels
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -37,6 +39,9 @@ def round_up(n: int, multiple: int) -> int:
 # The similarity product runs over classes in steps of this many; operands are padded to it.
 CLASS_STEP = 32
 
+# Weights of the proxy affinity come in tiles of this many columns; their rows are padded to it.
+WEIGHTS_TILE = 128
+
 # The longest row of similarities that is held in registers by one program.
 LONGEST_ROW_IN_REGISTERS = 16384
 
@@ -52,6 +57,35 @@ def result_strides(N: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return N * row, row, 1
 
 
+def padded_weights(N: int) -> int:
+    """Entries from one row of weights of the proxy affinity to the next."""
+    return round_up(N, WEIGHTS_TILE)
+
+
+def weights_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of those weights, for features and values in `dtype`."""
+    # Triton's interpreter multiplies the bits of bfloat16 as integers.
+    interpreted = dtype == torch.bfloat16 and fsa_kernels.interpreting()
+    return torch.float32 if interpreted else dtype
+
+
+def feature_step(dtype: torch.dtype) -> int:
+    """The affinity product runs over features in steps of this many; they are padded to it."""
+    return 128 // dtype.itemsize
+
+
+def proxy_state(
+    B: int, N: int, F: int, dtype: torch.dtype, stored: bool
+) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shapes and types of what `fsa_kernels.proxy.prepare` returns for features in `dtype`."""
+    if stored:
+        weights = ((B, N + 1, padded_weights(N)), weights_dtype(dtype))
+        return weights, ((B, padded_weights(N) // WEIGHTS_TILE, N + 1), torch.float32)
+    # Unit features are within the range of float16, which is finer than bfloat16.
+    unit_dtype = torch.float32 if dtype == torch.float32 else torch.float16
+    return ((B, N, round_up(F, feature_step(dtype))), unit_dtype), ((B,), torch.float32)
+
+
 def isolate(C: int) -> Launch:
     """Logits -> probabilities, centred logarithms, their halves."""
     block_c = min(128, max(CLASS_STEP, next_power_of_2(C)))
@@ -59,6 +93,16 @@ def isolate(C: int) -> Launch:
     return Launch(
         {"BLOCK_N": 16 if block_c < 128 else 8, "BLOCK_C": block_c},
         num_warps=8 if block_c == 64 else 4,
+    )
+
+
+def predict(C: int, dtype: torch.dtype) -> Launch:
+    """Features in `dtype` and texts -> the same."""
+    block_c = 64 if C > CLASS_STEP else CLASS_STEP
+    return Launch(
+        {"BLOCK_N": 16, "BLOCK_C": block_c, "BLOCK_E": 64},
+        num_warps=8 if block_c == 64 else 4,
+        num_stages=3,
     )
 
 
@@ -90,25 +134,32 @@ def level(F: int) -> Launch:
     return Launch({"BLOCK_F": min(1024, max(32, next_power_of_2(F)))}, num_warps=4)
 
 
-def attend(D: int, dtype: torch.dtype) -> Launch:
-    """Scores once for all columns of the values, held as a wide and a narrow power of two.
+def affinity(N: int, dtype: torch.dtype) -> Launch:
+    """The tensor-core product of unit features in `dtype`."""
+    half = dtype.itemsize == 2
+    block_m = 128 if half and N > 512 else 64
+    return Launch(
+        {"BLOCK_M": block_m, "BLOCK_N": WEIGHTS_TILE, "BLOCK_F": feature_step(dtype)},
+        num_warps=4 if half and block_m == 64 else 8,
+        num_stages=3 if half else 2,
+    )
 
-    One program holds up to 1024 columns, or 640 in float32; wider values are shared by several
-    programs, each of which computes the scores.
+
+def apply_affinity(rows: int, D: int, dtype: torch.dtype, gather: bool) -> Launch:
+    """The tensor-core product of weights and values in `dtype`, for so many rows in all images.
+
+    What bounds it is reading both from the second-level cache, once for each tile: large tiles,
+    where there are enough of them, and where what `gather` writes leaves the registers.
     """
-    half = dtype in (torch.float16, torch.bfloat16)
-    programs = -(-D // (1024 if half else 640))
-    columns = max(16, -(-D // programs))
-    wide = 1 << (columns.bit_length() - 1)
-    narrow = next_power_of_2(max(16, columns - wide)) if columns > wide else 0
+    half = dtype.itemsize == 2
+    block_m = 128 if half and rows > 1024 else 64
+    block_d = 64 if gather else block_m
     blocks = {
-        "BLOCK_M": 32 if half and columns <= 768 else 16,
-        "BLOCK_N": 32,
-        "BLOCK_F": 64 if half else 32,
-        "WIDE": wide,
-        "NARROW": narrow,
+        "BLOCK_M": block_m,
+        "BLOCK_N": 64 if half else 32,
+        "BLOCK_D": min(block_d, max(16, next_power_of_2(D))),
     }
-    return Launch(blocks, num_warps=8, num_stages=2)
+    return Launch(blocks, num_warps=8 if block_m == 128 else 4, num_stages=3 if half else 2)
 
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:
@@ -132,15 +183,24 @@ def warmup(
         classes: C, likewise.
         proxy_widths: pairs (F, D) of features and values.
     """
+    from fsa_kernels import proxy
     from fsa_kernels.feedback import feedback_attention
-    from fsa_kernels.proxy import proxy_attention
 
+    options = {"beta": 3.0, "confidence": 0.45}
     for dtype in dtypes:
         for N in patches:
             for C in classes:
                 logits = torch.zeros((1, N, C), dtype=dtype, device=device)
-                feedback_attention(logits, logits[:, :1], dtype=dtype, beta=3.0, confidence=0.45)
-        for F, D in proxy_widths:
-            features = torch.ones((1, 64, F), dtype=dtype, device=device)
-            value = torch.ones((1, 64, D), dtype=dtype, device=device)
-            proxy_attention(features, value, shift=1.2, gain=3.0)
+                feedback_attention(logits, logits[:, :1], dtype=dtype, **options)
+                features = torch.ones((1, N, 64), dtype=dtype, device=device)
+                texts = torch.ones((C, 64), device=device)
+                for uniform in (features[:, :1], features):
+                    feedback_attention(features, uniform, texts, dtype=dtype, **options)
+            for F, D in proxy_widths:
+                features = torch.ones((1, N, F), dtype=dtype, device=device)
+                value = torch.ones((1, N, D), dtype=dtype, device=device)
+                state = proxy.prepare(features, shift=1.2, gain=3.0, stored=True)
+                proxy.apply(state, value, gain=3.0)
+                terms = dict.fromkeys(("after", "before", "only"), True)
+                _, columns = proxy.gather(state, value, gain=3.0, scale=1 / 3, **terms)
+                proxy.apply(state, columns[..., D:], gain=3.0, add=columns[..., :D])

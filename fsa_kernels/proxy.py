@@ -1,13 +1,19 @@
-"""ProxyCLIP's attention: affinity of features, applied to values, without an N x N matrix.
+"""ProxyCLIP's attention: affinity of features, applied to values, in four launches.
 
     normalise   one program: 16 patches. Unit features in half or single precision, and the sum of
                 its 16 rows in float32. Reads the features twice (cached), writes them once.
     level       one program: one image. shift * |mean of the unit features|^2, from those sums:
                 mean_ij(x_i . x_j) = |mean_i x_i|^2.
-    attend      one program: a block of rows of one image and up to 1024 columns of the values (640
-                in float32), the result in registers, so the scores are computed once for all heads;
-                wider values are shared by programs that each compute them. Flash style over blocks
-                of patches: reads every feature and value once per block of rows.
+    affinity    one program: a tile of one image's N x N. The unnormalised weights, in the type of
+                the values, and what each row of the tile sums to.
+    apply       one program: a tile of the result. Weights times values, divided by the sums of the
+                rows. On the way out it can add a tensor, or write what a feedback step multiplies
+                next, which spares the launches that would do it.
+
+An application reads weights that were made before: those of all rows where the matrix is stored,
+so that a second application is one launch, and else block by block of rows, each made and applied
+and forgotten. One kernel from features to result (the scores kept on the chip) would have to hold
+768 or more columns of the result for each row, or compute the scores once for every few of them.
 
 The largest score of a row is its own, cos_ii = 1, so the softmax needs no running maximum: weights
 are exp(gain (cos - 1)). Sums have a fixed order (no atomics): the same input gives the same bits.
@@ -16,6 +22,8 @@ A feature that is not finite makes its own image NaN, and no other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +31,9 @@ from torch import Tensor
 
 import fsa_kernels
 from fsa_kernels import launch
+
+# How many partial sums of a row are loaded at once.
+_PARTS: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit(do_not_specialize=["N", "F"])
@@ -83,135 +94,329 @@ def _level_kernel(sums_ptr, level_ptr, N, blocks, shift, padded_F, BLOCK_F: tl.c
     tl.store(level_ptr + b, shift * square)
 
 
-@triton.jit
-def _accumulate(total, weight, v_rows, columns, D, stride_vd, rows, DOT_PRECISION: tl.constexpr):
-    """total + weight @ some columns of the values."""
-    mask = rows & (columns < D)[None, :]
-    v = tl.load(v_rows + columns.to(tl.int64)[None, :] * stride_vd, mask=mask, other=0.0)
-    return tl.dot(weight.to(v.dtype), v, total, input_precision=DOT_PRECISION)
-
-
-@triton.jit
-def _finish(total, mass, v_rows, out_rows, columns, D, stride_vd, rows):
-    """Writes some columns of the result; a row without any weight is its own value."""
-    mask = rows & (columns < D)[None, :]
-    own = tl.load(v_rows + columns.to(tl.int64)[None, :] * stride_vd, mask=mask, other=0.0).to(
-        tl.float32
-    )
-    result = tl.where((mass == 0.0)[:, None], own, total / mass[:, None])
-    tl.store(out_rows + columns[None, :], result.to(out_rows.dtype.element_ty), mask=mask)
-
-
-# D belongs to the model: let the compiler see that it is a multiple of 16, so accesses are wide.
-@triton.jit(do_not_specialize=["N"])
-def _attend_kernel(
+@triton.jit(do_not_specialize=["N", "first_row", "rows"])
+def _affinity_kernel(
     unit_ptr,
     level_ptr,
-    v_ptr,
-    out_ptr,
+    weights_ptr,
+    masses_ptr,
     N,
-    D,
+    first_row,
+    rows,
     gain,
-    stride_vb,
-    stride_vn,
-    stride_vd,
     padded_F,
+    padded_N,
     DOT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_F: tl.constexpr,
-    WIDE: tl.constexpr,
-    NARROW: tl.constexpr,
 ):
-    blocks = tl.cdiv(N, BLOCK_M)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
-    i = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(1) * (WIDE + NARROW)
-    level = tl.load(level_ptr + b)
+    # The rows from `first_row` on of every image; they lie from row 0 on in the workspace. A row
+    # after the last patch's is uniform.
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0) % (tiles_m * tiles_n)
+    b = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
+    place = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = first_row + place
+    j = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     f = tl.arange(0, BLOCK_F)
-    wide = first + tl.arange(0, WIDE)
-    rows_i = (i < N)[:, None]
+    inside = ((place < rows) & (i < N))[:, None]
     x_i = unit_ptr + (b * N + i)[:, None] * padded_F + f[None, :]
-    v_image = v_ptr + b * stride_vb
+    x_j = unit_ptr + (b * N + j)[None, :] * padded_F + f[:, None]
 
-    mass = tl.zeros((BLOCK_M,), tl.float32)
-    total = tl.zeros((BLOCK_M, WIDE), tl.float32)
-    if NARROW > 0:
-        narrow = first + WIDE + tl.arange(0, NARROW)
-        rest = tl.zeros((BLOCK_M, NARROW), tl.float32)
+    cosine = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, padded_F, BLOCK_F):
+        left = tl.load(x_i + start, mask=inside, other=0.0)
+        right = tl.load(x_j + start, mask=(j < N)[None, :], other=0.0)
+        cosine = tl.dot(left, right, cosine, input_precision=DOT_PRECISION)
+    # Written so that NaN stays NaN.
+    weight = tl.where(cosine < tl.load(level_ptr + b), 0.0, tl.exp(gain * (cosine - 1.0)))
+    weight = tl.where((i == N)[:, None], 1.0, weight)
+    weight = tl.where((j < N)[None, :], weight, 0.0).to(weights_ptr.dtype.element_ty)
+    # Rows of the workspace are padded to whole tiles: its padding is written with zeros.
+    out = weights_ptr + (b * rows + place)[:, None] * padded_N + j[None, :]
+    tl.store(out, weight, mask=(place < rows)[:, None])
+    mass = tl.sum(weight.to(tl.float32), axis=1)
+    masses = masses_ptr + (b * tiles_n + tile % tiles_n) * rows + place
+    tl.store(masses, mass, mask=place < rows)
+
+
+# D belongs to the model: let the compiler see that it is a multiple of 16, so accesses are wide.
+@triton.jit(do_not_specialize=["N", "first_row", "rows", "wanted"])
+def _apply_kernel(
+    weights_ptr,
+    masses_ptr,
+    v_ptr,
+    add_ptr,
+    out_ptr,
+    columns_ptr,
+    N,
+    D,
+    first_row,
+    rows,
+    wanted,
+    scale,
+    stride_vb,
+    stride_vn,
+    stride_vd,
+    stride_ab,
+    stride_an,
+    stride_ad,
+    padded_N,
+    ADD: tl.constexpr,
+    GATHER: tl.constexpr,
+    AFTER: tl.constexpr,
+    BEFORE: tl.constexpr,
+    ONLY: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+    WEIGHTS_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    tiles_m = tl.cdiv(wanted, BLOCK_M)
+    tiles_d = tl.cdiv(D, BLOCK_D)
+    tile = tl.program_id(0) % (tiles_m * tiles_d)
+    b = (tl.program_id(0) // (tiles_m * tiles_d)).to(tl.int64)
+    place = (tile // tiles_d) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = first_row + place
+    d = (tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    wide = (d < D)[None, :]
+    weights = weights_ptr + (b * rows + place)[:, None] * padded_N + tl.arange(0, BLOCK_N)[None, :]
+    v_image = v_ptr + b * stride_vb + d.to(tl.int64)[None, :] * stride_vd
+    inside = (place < wanted)[:, None]
+
+    total = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, N, BLOCK_N):
         j = start + tl.arange(0, BLOCK_N)
-        x_j = unit_ptr + (b * N + j)[None, :] * padded_F + f[:, None]
-        cosine = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for step in range(0, padded_F, BLOCK_F):
-            left = tl.load(x_i + step, mask=rows_i, other=0.0)
-            right = tl.load(x_j + step, mask=(j < N)[None, :], other=0.0)
-            cosine = tl.dot(left, right, cosine, input_precision=DOT_PRECISION)
-        # Written so that NaN stays NaN.
-        masked = (cosine < level) | (j >= N)[None, :]
-        weight = tl.where(masked, 0.0, tl.exp(gain * (cosine - 1.0)))
-        mass += tl.sum(weight, axis=1)
-        rows_j = (j < N)[:, None]
+        weight = tl.load(weights + start, mask=inside, other=0.0)
         v_j = v_image + j.to(tl.int64)[:, None] * stride_vn
-        total = _accumulate(total, weight, v_j, wide, D, stride_vd, rows_j, DOT_PRECISION)
-        if NARROW > 0:
-            rest = _accumulate(rest, weight, v_j, narrow, D, stride_vd, rows_j, DOT_PRECISION)
+        v = tl.load(v_j, mask=(j < N)[:, None] & wide, other=0.0)
+        total = tl.dot(weight, v, total, input_precision=DOT_PRECISION)
 
+    mass = tl.zeros((BLOCK_M,), tl.float32)
+    parts = tl.cdiv(N, WEIGHTS_TILE)
+    for start in range(0, parts, _PARTS):
+        part = start + tl.arange(0, _PARTS)
+        sums = masses_ptr + (b * parts + part)[:, None] * rows + place[None, :]
+        known = (part < parts)[:, None] & (place < wanted)[None, :]
+        mass += tl.sum(tl.load(sums, mask=known, other=0.0), axis=0)
+
+    # A row without any weight is its own value.
+    mine = inside & (i < N)[:, None] & wide
     v_i = v_image + i.to(tl.int64)[:, None] * stride_vn
-    out = out_ptr + (b * N + i)[:, None] * D
-    _finish(total, mass, v_i, out, wide, D, stride_vd, rows_i)
-    if NARROW > 0:
-        _finish(rest, mass, v_i, out, narrow, D, stride_vd, rows_i)
+    own = tl.load(v_i, mask=mine, other=0.0)
+    result = tl.where((mass == 0.0)[:, None], own.to(tl.float32), total / mass[:, None])
+    if ADD:
+        add = add_ptr + b * stride_ab + i.to(tl.int64)[:, None] * stride_an
+        add += d.to(tl.int64)[None, :] * stride_ad
+        result += tl.load(add, mask=mine, other=0.0).to(tl.float32)
+    out = out_ptr + (b * (N + 1 if GATHER else N) + i)[:, None] * D + d[None, :]
+    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=inside & wide)
+    if GATHER:
+        to_type = columns_ptr.dtype.element_ty
+        halves = 2 if BEFORE and (AFTER or ONLY) else 1
+        columns = columns_ptr + (b * N + i)[:, None] * (halves * tl.cast(D, tl.int64)) + d[None, :]
+        if AFTER or ONLY:
+            first = result if AFTER else own.to(tl.float32)
+            if AFTER and ONLY:
+                first += own.to(tl.float32)
+            tl.store(columns, (first * scale).to(to_type), mask=mine)
+        if BEFORE:
+            beside = columns + (halves - 1) * D
+            tl.store(beside, (own.to(tl.float32) * scale).to(to_type), mask=mine)
 
 
-def proxy_attention(features: Tensor, value: Tensor, *, shift: float, gain: float) -> Tensor:
-    """Softmax of gain (cos - shift mean cos), negatives masked, applied to values.
+# --------------------------------------------------------------------------------------------------
+# The launchers
+
+# Workspace for weights that are not stored, in bytes, and the rows of an image that it must hold.
+_BLOCK_BYTES = 24 << 20
+_BLOCK_ROWS = 128
+
+State = tuple[Tensor, Tensor]
+
+
+def prepare(features: Tensor, *, shift: float, gain: float, stored: bool) -> State:
+    """What the applications of one attention share; the others take it as `state`.
 
     Args:
         features: (B,N,F); float16, bfloat16 or float32; any strides.
-        value: (B,N,D) in the same type; any strides.
         shift, gain: ProxyCLIP's constants.
+        stored: whether the weights of all rows are made at once and kept.
 
     Returns:
-        (B,N,D). Works in one copy of the features besides.
+        Stored: the weights with a uniform row after the last, (B,N+1,N) with padded rows in
+        `launch.weights_dtype`, and the sums of their rows by tiles. Else: the unit features, and
+        the level of each image.
     """
-    if fsa_kernels.interpreting() and value.dtype == torch.bfloat16:
-        # Triton's interpreter multiplies the bits of bfloat16 as integers.
-        wide = proxy_attention(features.float(), value.float(), shift=shift, gain=gain)
-        return wide.to(value.dtype)
     B, N, F = features.shape
-    D = value.shape[-1]
-    plan = launch.attend(D, value.dtype)
-    padded_F = launch.round_up(F, plan.constants["BLOCK_F"])
-    device = features.device
-    # Unit features are within the range of float16, which is finer than bfloat16.
-    unit_dtype = torch.float32 if features.dtype == torch.float32 else torch.float16
-    unit = torch.empty((B, N, padded_F), dtype=unit_dtype, device=device)
+    unit, level = (
+        torch.empty(shape, dtype=dtype, device=features.device)
+        for shape, dtype in launch.proxy_state(B, N, F, features.dtype, stored=False)
+    )
+    padded_F = unit.shape[-1]
     rows = launch.normalise(F)
     blocks = triton.cdiv(N, rows.constants["BLOCK_N"])
-    sums = torch.empty((B * blocks, padded_F), dtype=torch.float32, device=device)
-    level = torch.empty((B,), dtype=torch.float32, device=device)
-    out = torch.empty((B, N, D), dtype=value.dtype, device=device)
-
+    sums = level.new_empty((B * blocks, padded_F))
     with launch.on_device(features):
         _normalise_kernel[(B * blocks,)](
             features, unit, sums, N, F, *features.stride(), padded_F, **rows.arguments()
         )
         _level_kernel[(B,)](sums, level, N, blocks, shift, padded_F, **launch.level(F).arguments())
-        columns = plan.constants["WIDE"] + plan.constants["NARROW"]
-        grid = (B * triton.cdiv(N, plan.constants["BLOCK_M"]), triton.cdiv(D, columns))
-        _attend_kernel[grid](
+    if not stored:
+        return unit, level
+    return _weights(unit, level, 0, N + 1, gain, launch.weights_dtype(features.dtype))
+
+
+def apply(state: State, value: Tensor, *, gain: float, add: Tensor | None = None) -> Tensor:
+    """The attention applied to values (B,N,D), plus a tensor of that shape; in their type."""
+    if fsa_kernels.interpreting() and value.dtype == torch.bfloat16:
+        # Triton's interpreter multiplies the bits of bfloat16 as integers.
+        add = None if add is None else add.float()
+        return apply(state, value.float(), gain=gain, add=add).to(value.dtype)
+    out = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    for first, weights, masses in _blocks(state, value, gain):
+        _apply(first, weights, masses, value, out, add=add)
+    return out
+
+
+def gather(
+    state: State,
+    value: Tensor,
+    *,
+    gain: float,
+    after: bool,
+    before: bool,
+    only: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The first half of a feedback step: what the tail takes, and what A_f is multiplied with.
+
+    Args:
+        state: of `prepare`.
+        value: V (B,N,D).
+        gain: ProxyCLIP's constant.
+        after, before, only: which of A_f A V, A A_f V and A_f V are wanted.
+        scale: of the columns.
+
+    Returns:
+        A V, and after its last row the mean of V, (B,N+1,D); and columns (B,N,D) or (B,N,2D): the
+        sum of A V where `after`, and V where `only`, and beside it V where `before`; scaled.
+    """
+    B, N, D = value.shape
+    if fsa_kernels.interpreting() and value.dtype == torch.bfloat16:
+        wide = gather(
+            state, value.float(), gain=gain, after=after, before=before, only=only, scale=scale
+        )
+        return tuple(tensor.to(value.dtype) for tensor in wide)
+    gathered = torch.empty((B, N + 1, D), dtype=value.dtype, device=value.device)
+    halves = 2 if before and (after or only) else 1
+    columns = torch.empty((B, N, halves * D), dtype=value.dtype, device=value.device)
+    for first, weights, masses in _blocks(state, value, gain):
+        _apply(
+            first,
+            weights,
+            masses,
+            value,
+            gathered,
+            columns=columns,
+            terms=(after, before, only),
+            scale=scale,
+        )
+    return gathered, columns
+
+
+def _blocks(state: State, value: Tensor, gain: float) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The first row, the weights and their sums of blocks of rows, which together are all."""
+    first, second = state
+    if second.ndim == 3:
+        yield 0, first, second
+        return
+    B, N, _ = value.shape
+    count = _BLOCK_BYTES // (B * launch.padded_weights(N) * value.dtype.itemsize)
+    count = max(_BLOCK_ROWS, count // _BLOCK_ROWS * _BLOCK_ROWS)
+    for row in range(0, N, count):
+        # With the uniform row in the last block.
+        rows = count if row + count < N else N + 1 - row
+        yield row, *_weights(first, second, row, rows, gain, value.dtype)
+
+
+def _weights(
+    unit: Tensor, level: Tensor, first_row: int, rows: int, gain: float, dtype: torch.dtype
+) -> State:
+    B, N, padded_F = unit.shape
+    plan = launch.affinity(N, unit.dtype)
+    padded_N = launch.padded_weights(N)
+    tiles_n = padded_N // launch.WEIGHTS_TILE
+    weights = torch.empty((B, rows, padded_N), dtype=dtype, device=unit.device)
+    masses = torch.empty((B, tiles_n, rows), dtype=torch.float32, device=unit.device)
+    with launch.on_device(unit):
+        _affinity_kernel[(B * triton.cdiv(rows, plan.constants["BLOCK_M"]) * tiles_n,)](
             unit,
             level,
-            value,
-            out,
+            weights,
+            masses,
             N,
-            D,
+            first_row,
+            rows,
             gain,
-            *value.stride(),
             padded_F,
-            # Three tf32 products are as exact as float32; half types take none of it.
-            DOT_PRECISION="tf32x3" if value.dtype == torch.float32 else "tf32",
+            padded_N,
+            DOT_PRECISION=_dot_precision(unit.dtype),
             **plan.arguments(),
         )
-    return out
+    return weights, masses
+
+
+def _apply(
+    first_row: int,
+    weights: Tensor,
+    masses: Tensor,
+    value: Tensor,
+    out: Tensor,
+    *,
+    add: Tensor | None = None,
+    columns: Tensor | None = None,
+    terms: tuple[bool, bool, bool] = (False, False, False),
+    scale: float = 1.0,
+) -> None:
+    """One block of rows of `apply`, or with columns of `gather`."""
+    B, N, D = value.shape
+    rows = weights.shape[1]
+    wanted = min(rows, out.shape[1] - first_row)
+    plan = launch.apply_affinity(B * N, D, value.dtype, gather=columns is not None)
+    tiles_m = triton.cdiv(wanted, plan.constants["BLOCK_M"])
+    after, before, only = terms
+    with launch.on_device(value):
+        _apply_kernel[(B * tiles_m * triton.cdiv(D, plan.constants["BLOCK_D"]),)](
+            weights,
+            masses,
+            value,
+            value if add is None else add,
+            out,
+            out if columns is None else columns,
+            N,
+            D,
+            first_row,
+            rows,
+            wanted,
+            scale,
+            *value.stride(),
+            *(value if add is None else add).stride(),
+            weights.stride(1),
+            ADD=add is not None,
+            GATHER=columns is not None,
+            AFTER=after,
+            BEFORE=before,
+            ONLY=only,
+            DOT_PRECISION=_dot_precision(value.dtype),
+            WEIGHTS_TILE=launch.WEIGHTS_TILE,
+            **plan.arguments(),
+        )
+
+
+def _dot_precision(dtype: torch.dtype) -> str:
+    # Three tf32 products are as exact as float32; half types take none of it.
+    return "tf32x3" if dtype == torch.float32 else "tf32"

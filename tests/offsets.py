@@ -17,7 +17,7 @@ from importlib import metadata
 _OLDEST_TRITON = (3, 3)
 _SPREADING = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape")
 _FOLLOWED = (*_SPREADING, "arith.extsi", "arith.addi", "arith.muli")
-_FLOATS = ("beta", "share", "limit", "shift", "gain")
+_FLOATS = ("beta", "share", "limit", "shift", "gain", "scale", "uniform_scale")
 
 
 def compiles_ahead_of_time() -> bool:

@@ -150,23 +150,31 @@ def test_the_segmentor():
 HALF = torch.float16
 LOGITS, UNIFORM = logits(2, 6, 4)
 VALUE, FEEDBACK, ATTENTION = values(2, 6)
-PUBLISHED = (3.0, 0.45, "kl", "confidence", 0.4, 0.5, True, "exact")
+PUBLISHED = (3.0, 0.45, 20.0, 35.0, "kl", "confidence", 0.4, 0.5, True, "exact")
+COSINE = (3.0, 0.45, 20.0, 35.0, "cosine", None, 0.4, 0.5, False, "fast")
+TEXTS = functional.normalize(torch.randn(7, 4, generator=torch.Generator().manual_seed(7)), dim=-1)
+STATE = {
+    backend: torch.ops.fsa.proxy_prepare(LOGITS, 1.2, 3.0, backend == "triton", backend)
+    for backend in ("torch", "triton")
+}
 # Every op that the library registers, with inputs in float32 and half precision, and of strides
 # that are no contiguous tensor's.
 OP_INPUTS = {
     "fsa::feedback_attention": [
-        (LOGITS, UNIFORM, *PUBLISHED, torch.float32, "torch"),
-        (LOGITS.half(), None, *PUBLISHED, torch.float16, "torch"),
-        (LOGITS.transpose(1, 2), LOGITS.mT, *PUBLISHED, torch.bfloat16, "torch"),
-        (LOGITS, UNIFORM, 3.0, 0.45, "cosine", None, 0.4, 0.5, False, "fast", torch.half, "torch"),
-        (LOGITS, UNIFORM, *PUBLISHED, torch.float32, "triton"),
-        (LOGITS, UNIFORM, *PUBLISHED, torch.float16, "triton"),
+        (LOGITS, UNIFORM, None, *PUBLISHED, torch.float32, "torch"),
+        (LOGITS.half(), None, None, *PUBLISHED, torch.float16, "torch"),
+        (LOGITS.transpose(1, 2), LOGITS.mT, None, *PUBLISHED, torch.bfloat16, "torch"),
+        (LOGITS, UNIFORM, None, *COSINE, torch.half, "torch"),
+        (LOGITS, UNIFORM, TEXTS, *PUBLISHED, torch.float32, "torch"),
+        (LOGITS, UNIFORM, None, *PUBLISHED, torch.float32, "triton"),
+        (LOGITS, UNIFORM, None, *PUBLISHED, torch.float16, "triton"),
+        (LOGITS.half(), None, TEXTS, *PUBLISHED, torch.float16, "triton"),
     ],
     "fsa::apply_feedback": [
-        (LOGITS, UNIFORM, LOGITS, *PUBLISHED, "torch"),
-        (LOGITS, None, LOGITS.half(), *PUBLISHED, "torch"),
-        (LOGITS, None, LOGITS[..., ::2], *PUBLISHED, "torch"),
-        (LOGITS, UNIFORM, LOGITS.half(), *PUBLISHED, "triton"),
+        (LOGITS, UNIFORM, None, LOGITS, *PUBLISHED, "torch"),
+        (LOGITS, None, None, LOGITS.half(), *PUBLISHED, "torch"),
+        (LOGITS, None, TEXTS, LOGITS[..., ::2], *PUBLISHED, "torch"),
+        (LOGITS, UNIFORM, None, LOGITS.half(), *PUBLISHED, "triton"),
     ],
     "fsa::adapt": [
         (VALUE, FEEDBACK, ATTENTION, None, "after,before,only"),
@@ -174,10 +182,21 @@ OP_INPUTS = {
         (VALUE.half(), FEEDBACK.half(), ATTENTION.half(), None, "after"),
         (VALUE[..., ::2], FEEDBACK.mT, ATTENTION.mT, None, "only"),
     ],
-    "fsa::proxy_attention": [
-        (LOGITS, LOGITS, 1.2, 3.0, "torch"),
-        (LOGITS.half(), LOGITS[..., :3].half(), 1.2, 3.0, "torch"),
-        (LOGITS[:, ::2], LOGITS[:, ::2], 0.5, 1.0, "torch"),
+    "fsa::proxy_prepare": [
+        (LOGITS, 1.2, 3.0, False, "torch"),
+        (LOGITS[:, ::2].half(), 0.5, 1.0, False, "torch"),
+        (LOGITS, 1.2, 3.0, False, "triton"),
+        (LOGITS.half(), 1.2, 3.0, True, "triton"),
+    ],
+    "fsa::proxy_apply": [
+        (*STATE["torch"], LOGITS, None, 3.0, "torch"),
+        (*STATE["torch"], LOGITS[..., :3].half(), LOGITS[..., :3], 1.0, "torch"),
+        (*STATE["triton"], LOGITS, LOGITS, 3.0, "triton"),
+    ],
+    "fsa::proxy_gather": [
+        (*STATE["torch"], LOGITS, 3.0, True, True, True, 1 / 3, "torch"),
+        (*STATE["torch"], LOGITS[..., :3].half(), 3.0, False, True, False, 1.0, "torch"),
+        (*STATE["triton"], LOGITS, 3.0, True, False, True, 0.5, "triton"),
     ],
 }
 

@@ -186,7 +186,7 @@ def test_blocks_of_rows_applied_are_the_whole_applied(dtype, long_rows, monkeypa
     columns = torch.randn(2, N, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     options = {"beta": 3.0, "confidence": 0.45}
     inputs = [tensor.to(DEVICE) for tensor in (logits, uniform)]
-    applied = fsa_kernels.apply_feedback(*inputs, columns.to(DEVICE), **options)
+    applied = fsa_kernels.apply_feedback(*inputs, None, columns.to(DEVICE), **options)
     whole = fsa_kernels.feedback_attention(*inputs, dtype=dtype, **options)
     assert applied.dtype == dtype
     assert applied[1, 0].isnan().all()
@@ -248,9 +248,8 @@ def test_a_broken_image_leaves_the_others_alone():
     features = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0))
     value = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(1))
     features[0, 3, 3] = math.nan
-    attended = fsa_kernels.proxy_attention(
-        features.to(DEVICE), value.to(DEVICE), shift=1.2, gain=3.0
-    ).cpu()
+    state = fsa_kernels.proxy_prepare(features.to(DEVICE), shift=1.2, gain=3.0, stored=True)
+    attended = fsa_kernels.proxy_apply(state, value.to(DEVICE), gain=3.0).cpu()
     alone = reference.proxy_attention(features[1:].double(), value[1:].double())
     assert relative_error(attended[1:], alone) < RELATIVE_ERROR[torch.float32]
 
@@ -261,14 +260,15 @@ import sys
 from bench.resources import measure, variants
 wanted = ("isolate C<=64 float16", "isolate C<=128 float16", "similarity N>512 exact",
           "select N<=2048",
-          "select, longer rows", "normalise float16", "attend D=768 float16")
+          "predict C>32 float16", "select, longer rows", "normalise float16",
+          "affinity 128 rows float16", "apply 128 rows float16", "gather 128 rows float16")
 chosen = [v for v in variants() if v.name in wanted]
 assert len(chosen) == len(wanted), [v.name for v in chosen]
 for variant in chosen:
     taken = measure(variant, int(sys.argv[1]))
     print(variant.name, taken.registers, taken.spilled, taken.shared, taken.tensor_cores)
     assert taken.fits, (variant.name, taken.spilled, taken.shared)
-    if variant.name.startswith(("similarity", "attend")):
+    if variant.name.startswith(("similarity", "predict", "affinity", "apply", "gather")):
         assert "MMA" in taken.tensor_cores, variant.name
 """
 

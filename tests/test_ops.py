@@ -120,10 +120,10 @@ def test_feedback_attention_is_a_clean_library_op(uniform):
         "per image": torch.zeros(2, 1, 4),
         "per patch": torch.zeros(2, 6, 4),
     }[uniform]
-    options = (3.0, 0.45, "kl", "confidence", 0.4, 0.5, True, "exact")
-    arguments = (LOGITS, uniform_logits, *options, torch.float32, "torch")
+    options = (3.0, 0.45, 20.0, 35.0, "kl", "confidence", 0.4, 0.5, True, "exact")
+    arguments = (LOGITS, uniform_logits, None, *options, torch.float32, "torch")
     torch.library.opcheck(torch.ops.fsa.feedback_attention, arguments)
-    arguments = (LOGITS, uniform_logits, torch.randn(2, 6, 5), *options, "torch")
+    arguments = (LOGITS, uniform_logits, None, torch.randn(2, 6, 5), *options, "torch")
     torch.library.opcheck(torch.ops.fsa.apply_feedback, arguments)
 
 
@@ -133,11 +133,6 @@ def test_adapt_is_a_clean_library_op(adaptations, heads):
     attention = SQUARE if heads == "shared" else SQUARE[:, None].repeat(1, 3, 1, 1)
     arguments = (VALUE, SQUARE, attention, None, adaptations)
     torch.library.opcheck(torch.ops.fsa.adapt, arguments)
-
-
-def test_proxy_attention_is_a_clean_library_op():
-    arguments = (LOGITS, torch.randn(2, 6, 8), 1.2, 3.0, "torch")
-    torch.library.opcheck(torch.ops.fsa.proxy_attention, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

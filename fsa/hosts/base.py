@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fsa import ops
 from fsa.config import FSAConfig
@@ -22,15 +21,19 @@ class LastAttention:
     Attributes:
         value: V (B,H,N,d).
         apply: (B,H,N,d) -> (B,H,N,d), applies the host's attention A. Where the host attends to
-            the class token, its value stays what it is. None where A is the identity.
+            the class token, its value stays what it is. None where A is the identity, or where no
+            feedback follows.
         attended: A V (B,H,N,d).
-        mean_value: (B,H,1,d), V under uniform attention over everything the host attends to.
+        mean_value: (B,H,1,d), V under uniform attention over everything the host attends to; None
+            where no feedback follows.
+        gathered: (B,H,N+1,d), the last two one after the other, where they lie so already.
     """
 
     value: Tensor
     apply: Callable[[Tensor], Tensor] | None
     attended: Tensor
-    mean_value: Tensor
+    mean_value: Tensor | None
+    gathered: Tensor | None = None
 
 
 def adapted_heads(
@@ -53,30 +56,33 @@ def adapted_heads(
         config: how feedback is computed.
         backend: of the ops.
         residual: whether the tail adds each patch's own token.
-        observe: called with the patch logits and the uniform logits of each iteration.
+        observe: called with the features of the patches (B,N,E), and those under uniform attention
+            (B,1,E), (B,N,E) or None, of each iteration.
     """
     heads = attention.attended
     uniform = None
     if not config.isolation:
-        first = _cosines(tail(heads), text_features)
+        first = tail(heads)
     elif residual:
-        first = _cosines(tail(heads), text_features)
-        uniform = _cosines(tail(attention.mean_value), text_features)
+        first = tail(heads)
+        uniform = tail(attention.mean_value)
     else:
         # The tail takes rows one by one: the uniform one goes through it with the patches'.
-        both = _cosines(tail(torch.cat([heads, attention.mean_value], dim=2)), text_features)
+        both = attention.gathered
+        if both is None:
+            both = torch.cat([heads, attention.mean_value], dim=2)
+        both = tail(both)
         first, uniform = both[:, :-1], both[:, -1:]
-    uniform_logits = None if uniform is None else uniform * config.uniform_logit_scale
     for number in range(config.iterations):
-        cosines = first if number == 0 else _cosines(tail(heads), text_features)
-        patch_logits = cosines * config.logit_scale
+        features = first if number == 0 else tail(heads)
         if observe is not None:
-            observe(patch_logits, uniform_logits)
+            observe(features, uniform)
         heads = ops.feedback_step(
             attention.value,
-            patch_logits,
-            uniform_logits,
+            features,
+            uniform,
             attention.apply,
+            text_features=text_features,
             attended=attention.attended,
             config=config,
             backend=backend,
@@ -148,7 +154,7 @@ class Host(nn.Module):
         """
         self._check(images, text_features, vfm_features, config)
         tokens = self.tower.trunk(images)
-        attention = self.attention(tokens, images, vfm_features)
+        attention = self.attention(tokens, images, vfm_features, config)
 
         def tail(heads: Tensor) -> Tensor:
             return self.tail(tokens, heads)
@@ -161,9 +167,16 @@ class Host(nn.Module):
         return tail(heads)
 
     def attention(
-        self, tokens: Tensor, images: Tensor, vfm_features: Tensor | None
+        self,
+        tokens: Tensor,
+        images: Tensor,
+        vfm_features: Tensor | None,
+        config: FSAConfig | None,
     ) -> LastAttention:
-        """The attention of the last block for the tokens (B,1+N,D) of images (B,3,H,W)."""
+        """The attention of the last block for the tokens (B,1+N,D) of images (B,3,H,W).
+
+        `config` is that of the feedback that will follow, for hosts that prepare it, or None.
+        """
         raise NotImplementedError
 
     def tail(self, tokens: Tensor, heads: Tensor) -> Tensor:
@@ -210,17 +223,3 @@ class Host(nn.Module):
             raise InputError(
                 f"{type(self).__name__} needs vfm_features (B, F, gh, gw) of another vision model"
             )
-
-
-def _cosines(features: Tensor, text_features: Tensor) -> Tensor:
-    """Cosine of patch features (B,N,E) and text features (C,E): (B,N,C).
-
-    In float32 whatever the model's type: the differences that feedback lives on are of the size
-    of half precision's rounding at 20 times a cosine.
-    """
-    unit = functional.normalize(_at_least_float32(features), dim=-1)
-    return unit @ text_features.to(unit.dtype).T
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

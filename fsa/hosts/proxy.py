@@ -18,6 +18,7 @@ def proxy_read_out(
     shift: float,
     gain: float,
     backend: str,
+    config: FSAConfig | None,
 ) -> LastAttention:
     """ProxyCLIP's attention on the grid of the other model.
 
@@ -25,23 +26,24 @@ def proxy_read_out(
         vfm_features: (B,F,gh,gw).
         value: V (B,H,N,d) of CLIP's patches, on their own grid.
         grid: rows and columns of `value`.
-        shift, gain: see `fsa.proxy_attention`.
+        shift, gain: see `fsa.ProxyAttention`.
         backend: of the ops.
+        config: of the feedback that will follow, or None.
     """
     value = _resize(value, grid, tuple(vfm_features.shape[-2:]))
     features = vfm_features.flatten(2).transpose(1, 2).to(value.dtype)
-    heads = value.shape[1]
-
-    def attend(values: Tensor) -> Tensor:
-        columns = values.transpose(1, 2).flatten(2)
-        attended = ops.proxy_attention(features, columns, shift=shift, gain=gain, backend=backend)
-        return attended.unflatten(-1, (heads, -1)).transpose(1, 2)
-
+    attention = ops.ProxyAttention(features, shift=shift, gain=gain, backend=backend)
+    if config is None:
+        attended = attention(ops.heads_side_by_side(value))
+        return LastAttention(value, None, ops.heads_apart(attended, value.shape[1]), None)
+    step = ops.ProxyStep(attention, value, config)
+    gathered = step.gathered
     return LastAttention(
         value=value,
-        apply=attend,
-        attended=attend(value),
-        mean_value=value.mean(dim=2, keepdim=True),
+        apply=step,
+        attended=gathered[:, :, :-1],
+        mean_value=gathered[:, :, -1:],
+        gathered=gathered,
     )
 
 
@@ -86,11 +88,17 @@ class ProxyCLIP(Host):
         return tuple(vfm_features.shape[-2:])
 
     def attention(
-        self, tokens: Tensor, images: Tensor, vfm_features: Tensor | None
+        self,
+        tokens: Tensor,
+        images: Tensor,
+        vfm_features: Tensor | None,
+        config: FSAConfig | None,
     ) -> LastAttention:
         value = self.tower.project(tokens[:, self.tower.prefix_tokens :], "v")["v"]
         grid = self.tower.grid(*images.shape[-2:])
-        return proxy_read_out(vfm_features, value, grid, self.shift, self.gain, self.backend)
+        return proxy_read_out(
+            vfm_features, value, grid, self.shift, self.gain, self.backend, config
+        )
 
     def _check(
         self,

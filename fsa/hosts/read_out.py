@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fsa.config import FSAConfig
 from fsa.errors import InputError
 from fsa.hosts.base import Host, LastAttention
 from fsa.torch_backend import attention_applier
@@ -66,7 +67,11 @@ class ReadOut(Host):
         self.read_out = read_out
 
     def attention(
-        self, tokens: Tensor, images: Tensor, vfm_features: Tensor | None
+        self,
+        tokens: Tensor,
+        images: Tensor,
+        vfm_features: Tensor | None,
+        config: FSAConfig | None,
     ) -> LastAttention:
         prefix = self.tower.prefix_tokens
         projected = self.tower.project(tokens, "qkv")

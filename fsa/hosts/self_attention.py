@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fsa.config import FSAConfig
 from fsa.hosts.base import Host, LastAttention
 
 
@@ -15,6 +16,7 @@ def self_read_out(
     *,
     prefix_tokens: int = 1,
     bias: Tensor | None = None,
+    feedback: bool = True,
 ) -> LastAttention:
     """Sum of softmax(a b^T / sqrt(d) + bias) over pairs (a, b) of queries, keys and values.
 
@@ -23,6 +25,7 @@ def self_read_out(
         pairs: such as ("qk",) or ("qq", "kk").
         prefix_tokens: how many tokens before the patches; they are keys, and stay what they are.
         bias: (N,L), added to the scores of patches, or None.
+        feedback: whether feedback will follow.
     """
     value = projected["v"]
     prefix, patches = value[:, :, :prefix_tokens], value[:, :, prefix_tokens:]
@@ -39,15 +42,14 @@ def self_read_out(
         value=patches,
         apply=lambda x: attend(torch.cat([prefix, x], dim=2)),
         attended=attend(value),
-        mean_value=value.mean(dim=2, keepdim=True),
+        mean_value=value.mean(dim=2, keepdim=True) if feedback else None,
     )
 
 
-def identity_read_out(value: Tensor) -> LastAttention:
+def identity_read_out(value: Tensor, *, feedback: bool = True) -> LastAttention:
     """Each patch attends to itself alone: V (B,H,N,d) of patches."""
-    return LastAttention(
-        value=value, apply=None, attended=value, mean_value=value.mean(dim=2, keepdim=True)
-    )
+    mean = value.mean(dim=2, keepdim=True) if feedback else None
+    return LastAttention(value=value, apply=None, attended=value, mean_value=mean)
 
 
 class SelfAttentionHost(Host):
@@ -59,7 +61,11 @@ class SelfAttentionHost(Host):
     pairs: tuple[str, ...]
 
     def attention(
-        self, tokens: Tensor, images: Tensor, vfm_features: Tensor | None
+        self,
+        tokens: Tensor,
+        images: Tensor,
+        vfm_features: Tensor | None,
+        config: FSAConfig | None,
     ) -> LastAttention:
         needed = {*"".join(self.pairs), "v"}
         projected = self.tower.project(tokens, "".join(name for name in "qkv" if name in needed))
@@ -68,6 +74,7 @@ class SelfAttentionHost(Host):
             self.pairs,
             prefix_tokens=self.tower.prefix_tokens,
             bias=self.bias(tokens, images),
+            feedback=config is not None,
         )
 
     def bias(self, tokens: Tensor, images: Tensor) -> Tensor | None:
@@ -131,7 +138,12 @@ class MaskCLIP(Host):
     published_residual = True
 
     def attention(
-        self, tokens: Tensor, images: Tensor, vfm_features: Tensor | None
+        self,
+        tokens: Tensor,
+        images: Tensor,
+        vfm_features: Tensor | None,
+        config: FSAConfig | None,
     ) -> LastAttention:
         patches = tokens[:, self.tower.prefix_tokens :]
-        return identity_read_out(self.tower.project(patches, "v")["v"])
+        value = self.tower.project(patches, "v")["v"]
+        return identity_read_out(value, feedback=config is not None)
