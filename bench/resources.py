@@ -146,10 +146,10 @@ def variants() -> Iterator[Variant]:
                     COSINE=False,
                     SAMPLES=isolate._SAMPLES,
                 )
-    for N in (512, 4096):
+    for N, sizes in ((512, "N<=512"), (1024, "N<=1024"), (4096, "N>1024")):
         for exact in (True, False):
             yield variant(
-                f"similarity N{'<=' if N == 512 else '>'}512 {'exact' if exact else 'fast'}",
+                f"similarity {sizes} {'exact' if exact else 'fast'}",
                 feedback._similarity_kernel,
                 {"operands_ptr": "*fp16", "h_ptr": "*fp32", "s_ptr": "*fp32"},
                 launch.similarity(N),

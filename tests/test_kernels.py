@@ -258,7 +258,7 @@ def test_a_broken_image_leaves_the_others_alone():
 COMPILED = """
 import sys
 from bench.resources import measure, variants
-wanted = ("isolate C<=64 float16", "isolate C<=128 float16", "similarity N>512 exact",
+wanted = ("isolate C<=64 float16", "isolate C<=128 float16", "similarity N>1024 exact",
           "select N<=2048",
           "predict C>32 float16", "select, longer rows", "normalise float16",
           "affinity 128 rows float16", "apply 128 rows float16", "gather 128 rows float16")
