@@ -13,7 +13,7 @@ import torch
 
 import fsa
 import fsa_kernels
-from fsa import FSAConfig, reference
+from fsa import FSAConfig, hosts, reference
 from tests.accuracy import (
     OP_VECTORS,
     RELATIVE_ERROR,
@@ -23,6 +23,7 @@ from tests.accuracy import (
     vector,
 )
 from tests.offsets import compiles_ahead_of_time
+from tests.test_hosts import inputs_of, random_tower
 from tests.test_torch_backend import FORMS, form_id
 
 if not fsa_kernels.available():
@@ -252,6 +253,167 @@ def test_a_broken_image_leaves_the_others_alone():
     attended = fsa_kernels.proxy_apply(state, value.to(DEVICE), gain=3.0).cpu()
     alone = reference.proxy_attention(features[1:].double(), value[1:].double())
     assert relative_error(attended[1:], alone) < RELATIVE_ERROR[torch.float32]
+
+
+def features_and_texts(N, C, E, uniform, dtype, B=2):
+    """Features as CLIP's, most of whose length is the same for all, near their texts, and how many
+    rows of them under uniform attention: 0, 1 or N."""
+    generator = torch.Generator().manual_seed(N + C)
+    texts = torch.nn.functional.normalize(torch.randn(C, E, generator=generator), dim=-1)
+    mixed = texts[torch.randint(C, (B, N), generator=generator)]
+    noise, shared = (torch.randn(*size, E, generator=generator) for size in ((B, N), (1, 1)))
+    shared = 2 * shared / shared.norm()
+    features = shared + 0.4 * mixed + 0.3 * noise / E**0.5
+    rows = shared + 0.2 * torch.randn(B, uniform, E, generator=generator) / E**0.5
+    return features.to(dtype), rows.to(dtype) if uniform else None, texts
+
+
+def logits_of(features, uniform, texts, config):
+    """The logits of the definition, in float64."""
+    cosines = [
+        None
+        if tensor is None
+        else torch.nn.functional.normalize(tensor.double(), dim=-1) @ texts.double().T
+        for tensor in (features, uniform)
+    ]
+    scales = (config.logit_scale, config.uniform_logit_scale)
+    return [None if c is None else scale * c for c, scale in zip(cosines, scales, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("uniform", ["none", "one", "each"])
+@pytest.mark.parametrize(("N", "C", "E"), [(1, 1, 3), (33, 21, 70), (20, 70, 128)])
+def test_features_and_texts_agree_with_the_definition(N, C, E, uniform, dtype):
+    rows = {"none": 0, "one": 1, "each": N}[uniform]
+    features, uniform, texts = features_and_texts(N, C, E, rows, dtype)
+    for config in (FSAConfig(), FSAConfig(similarity="cosine", logit_scale=11.0)):
+        exact = reference.feedback_attention(
+            *logits_of(features, uniform, texts, config), config=config
+        )
+        # Texts in the type of the features too, whose rounding is part of the input then.
+        for given in (texts, texts.to(dtype)):
+            if given.dtype != torch.float32:
+                exact = reference.feedback_attention(
+                    *logits_of(features, uniform, given, config), config=config
+                )
+            feedback = fsa.feedback_attention(
+                features.to(DEVICE),
+                None if uniform is None else uniform.to(DEVICE),
+                text_features=given.to(DEVICE),
+                config=config,
+                dtype=torch.float32,
+                backend="triton",
+            )
+            assert relative_error(feedback.cpu(), exact) < RELATIVE_ERROR[torch.float32]
+
+
+def test_features_and_texts_are_taken_with_their_strides():
+    features, uniform, texts = features_and_texts(20, 7, 24, 20, torch.float32)
+    straight = fsa.feedback_attention(
+        features.to(DEVICE), uniform.to(DEVICE), text_features=texts.to(DEVICE), backend="triton"
+    )
+    apart = [
+        tensor.to(DEVICE).mT.contiguous().mT.repeat_interleave(2, dim=-2)[..., ::2, :]
+        for tensor in (features, uniform, texts)
+    ]
+    again = fsa.feedback_attention(*apart[:2], text_features=apart[2], backend="triton")
+    assert torch.equal(straight, again)
+
+
+@pytest.mark.parametrize("where", ["a patch", "its uniform row"])
+def test_a_broken_feature_gives_a_row_of_nan_and_touches_no_other(where):
+    features, uniform, texts = features_and_texts(30, 5, 16, 30, torch.float32)
+    spoilt = features if where == "a patch" else uniform
+    # Patch 0 is one of those that the centre is taken from.
+    spoilt[0, 0, 3] = math.nan
+    feedback = fsa_kernels.feedback_attention(
+        *(tensor.to(DEVICE) for tensor in (features, uniform, texts)),
+        dtype=torch.float32,
+        beta=3.0,
+        confidence=0.45,
+        logit_scale=20.0,
+        uniform_logit_scale=35.0,
+    ).cpu()
+    assert feedback[0, 0].isnan().all()
+    assert (feedback[0, 1:, 0] == 0).all()
+    logits = logits_of(features[:, 1:], uniform[:, 1:], texts, FSAConfig())
+    without = reference.feedback_attention(*logits)
+    assert relative_error(feedback[0, 1:, 1:], without[0]) < RELATIVE_ERROR[torch.float32]
+
+
+TERMS = [
+    ("after", "before", "only"),
+    ("after", "before"),
+    ("before", "only"),
+    ("after", "only"),
+    ("after",),
+    ("before",),
+    ("only",),
+]
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "streamed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_proxy_gathers_and_adds_what_a_step_takes(dtype, stored, monkeypatch):
+    from fsa_kernels import proxy
+
+    monkeypatch.setattr(proxy, "_BLOCK_BYTES", 0)
+    monkeypatch.setattr(proxy, "_BLOCK_ROWS", 16)
+    generator = torch.Generator().manual_seed(0)
+    features = (torch.randn(2, 33, 12, generator=generator) + 0.5).to(dtype)
+    value, add = (torch.randn(2, 33, 20, generator=generator).to(dtype) for _ in range(2))
+    attended = reference.proxy_attention(features.double(), value.double())
+    plain = reference.proxy_attention(features, value)
+    allowed = max(RELATIVE_ERROR[dtype], 2 * relative_error(plain, attended))
+    state = fsa_kernels.proxy_prepare(features.to(DEVICE), shift=1.2, gain=3.0, stored=stored)
+    given = value.to(DEVICE)
+    added = fsa_kernels.proxy_apply(state, given, gain=3.0, add=add.to(DEVICE)).cpu()
+    assert relative_error(added, attended + add.double()) < allowed
+    for terms in TERMS:
+        gathered, columns = fsa_kernels.proxy_gather(
+            state,
+            given,
+            gain=3.0,
+            scale=0.5,
+            **{name: name in terms for name in ("after", "before", "only")},
+        )
+        assert relative_error(gathered[:, :-1].cpu(), attended) < allowed
+        mean = value.double().mean(dim=1)
+        assert relative_error(gathered[:, -1].cpu(), mean) < RELATIVE_ERROR[dtype]
+        sides = [
+            sum(side)
+            for side in (
+                [attended] * ("after" in terms) + [value.double()] * ("only" in terms),
+                [value.double()] * ("before" in terms),
+            )
+            if side
+        ]
+        assert relative_error(columns.cpu(), 0.5 * torch.cat(sides, dim=-1)) < allowed
+
+
+def test_the_sums_of_very_long_rows_come_in_pieces():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 2100, 3, generator=generator) + 0.5
+    value = torch.randn(1, 2100, 4, generator=generator)
+    attended = fsa.proxy_attention(features.to(DEVICE), value.to(DEVICE), backend="triton").cpu()
+    exact = reference.proxy_attention(features.double(), value.double())
+    assert relative_error(attended, exact) < RELATIVE_ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("name", hosts.names())
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_every_host_runs_by_the_kernels(name, iterations):
+    (images, text), options = inputs_of(name)
+    visual = random_tower().to(DEVICE)
+    options = {key: None if x is None else x.to(DEVICE) for key, x in options.items()}
+    config = FSAConfig(iterations=iterations)
+    by_kernels, by_torch = (
+        hosts.build(name, visual, backend=backend).features(
+            images.to(DEVICE), text.to(DEVICE), config=config, **options
+        )
+        for backend in ("triton", "torch")
+    )
+    assert relative_error(by_kernels, by_torch) < 5e-5
 
 
 # A sample of the launch table keeps this short; `python -m bench resources` compiles all of it.

@@ -201,3 +201,71 @@ def test_no_attention_is_the_identity(stream):
 def test_a_step_refuses_what_does_not_fit(value, logits, attention, words, stream):
     with pytest.raises(InputError, match=words):
         fsa.feedback_step(value, logits, None, attention, stream=stream)
+
+
+# --------------------------------------------------------------------------------------------------
+# Features in place of logits, and ProxyCLIP's attention in a step
+
+TEXTS = torch.nn.functional.normalize(
+    torch.randn(5, 4, generator=torch.Generator().manual_seed(3)), dim=-1
+)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_features_and_texts_are_their_logits(rows):
+    config = FSAConfig(logit_scale=7.0, uniform_logit_scale=9.0)
+    uniform = torch.randn(2, rows, 4)
+    unit = torch.nn.functional.normalize
+    logits = (7 * unit(LOGITS, dim=-1) @ TEXTS.T, 9 * unit(uniform, dim=-1) @ TEXTS.T)
+    feedback = fsa.feedback_attention(LOGITS, uniform, text_features=TEXTS, config=config)
+    torch.testing.assert_close(feedback, fsa.feedback_attention(*logits, config=config))
+    for stream in (True, False):
+        step = fsa.feedback_step(
+            VALUE, LOGITS, uniform, SQUARE, text_features=TEXTS, config=config, stream=stream
+        )
+        expected = fsa.feedback_step(VALUE, *logits, SQUARE, config=config)
+        torch.testing.assert_close(step, expected)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (TEXTS[:, :3], r"text_features has shape \(5, 3\)"),
+        (TEXTS[0], r"text_features must be \(C, E\)"),
+        (TEXTS.to("meta"), "width and device must agree"),
+        (TEXTS * float("nan"), "text_features holds NaN"),
+        ([1.0], "text_features must be a tensor"),
+    ],
+)
+def test_bad_texts_are_refused_in_words(texts, message):
+    with pytest.raises(InputError, match=message):
+        fsa.feedback_attention(LOGITS, text_features=texts)
+
+
+def test_a_prepared_proxy_attention_is_applied_again_and_again():
+    values = [torch.randn(2, 6, width) for width in (5, 8)]
+    attention = fsa.ProxyAttention(LOGITS, shift=1.1, gain=2.0)
+    for value in values:
+        expected = fsa.proxy_attention(LOGITS, value, shift=1.1, gain=2.0)
+        assert torch.equal(attention(value), expected)
+        assert torch.equal(attention(value, add=value), expected + value)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "by blocks"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "adaptations", [("after", "before", "only"), ("before",), ("after", "only")], ids="+".join
+)
+def test_a_step_of_the_proxy_is_a_step_with_its_attention(
+    adaptations, backend, stored, monkeypatch
+):
+    monkeypatch.setattr(ops, "_STORED_BYTES", 1 << 29 if stored else 0)
+    config = FSAConfig(adaptations=adaptations)
+    attention = fsa.ProxyAttention(LOGITS, backend=backend)
+    step = ops.ProxyStep(attention, VALUE, config)
+    assert step.gathered.shape == (2, 3, 7, 5)
+    torch.testing.assert_close(step.gathered[:, :, :-1], step(VALUE))
+    torch.testing.assert_close(step.gathered[:, :, -1], VALUE.mean(dim=2))
+    adapted = fsa.feedback_step(VALUE, LOGITS, None, step, config=config, backend=backend)
+    expected = fsa.feedback_step(VALUE, LOGITS, None, lambda x: step(x), config=config)
+    torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-5)
