@@ -54,10 +54,12 @@ _ONES = (
 _MULTIPLES_OF_16 = (
     "D",
     "E",
+    "d",
     "padded_C",
     "padded_F",
     "padded_N",
     "stride_ab",
+    "stride_ah",
     "stride_an",
     "stride_operand",
     "stride_row",
@@ -65,6 +67,7 @@ _MULTIPLES_OF_16 = (
     "stride_ub",
     "stride_un",
     "stride_vb",
+    "stride_vh",
     "stride_vn",
     "stride_xb",
     "stride_xn",
@@ -103,7 +106,7 @@ class Resources:
 
 def variants() -> Iterator[Variant]:
     """Every kernel in every bucket of the launch table that users meet."""
-    from fsa_kernels import feedback, isolate, proxy
+    from fsa_kernels import columns, feedback, isolate, proxy
 
     def variant(name, kernel, pointers, plan, **constants) -> Variant:
         return Variant(
@@ -176,10 +179,18 @@ def variants() -> Iterator[Variant]:
         SCALING=True,
     )
     for dtype, pointer in _POINTERS.items():
+        yield variant(
+            f"gather heads {str(dtype).removeprefix('torch.')}",
+            columns._gather_kernel,
+            dict.fromkeys(("v_ptr", "attended_ptr", "gathered_ptr", "columns_ptr"), pointer),
+            launch.gather(),
+            **dict.fromkeys(("AFTER", "BEFORE", "ONLY"), True),
+        )
+    for dtype, pointer in _POINTERS.items():
         label = str(dtype).removeprefix("torch.")
         unit = "*fp32" if dtype == torch.float32 else "*fp16"
         yield variant(
-            f"normalise {label}",
+            f"proxy normalise {label}",
             proxy._normalise_kernel,
             {"x_ptr": pointer, "unit_ptr": unit, "sums_ptr": "*fp32"},
             launch.normalise(768),
@@ -187,7 +198,7 @@ def variants() -> Iterator[Variant]:
         precision = proxy._dot_precision(dtype)
         for plan in _distinct(launch.affinity(N, dtype) for N in (512, 4096)):
             yield variant(
-                f"affinity {plan.constants['BLOCK_M']} rows {label}",
+                f"proxy affinity {plan.constants['BLOCK_M']} rows {label}",
                 proxy._affinity_kernel,
                 {"unit_ptr": unit, "level_ptr": "*fp32", "weights_ptr": pointer}
                 | {"masses_ptr": "*fp32"},
@@ -204,7 +215,7 @@ def variants() -> Iterator[Variant]:
                 launch.apply_affinity(rows, 768, dtype, form == "gather") for rows in (196, 4096)
             ):
                 yield variant(
-                    f"{form} {plan.constants['BLOCK_M']} rows {label}",
+                    f"proxy {form} {plan.constants['BLOCK_M']} rows {label}",
                     proxy._apply_kernel,
                     pointers | {"masses_ptr": "*fp32"},
                     plan,
@@ -213,7 +224,7 @@ def variants() -> Iterator[Variant]:
                     WEIGHTS_TILE=launch.WEIGHTS_TILE,
                 )
     yield variant(
-        "level",
+        "proxy level",
         proxy._level_kernel,
         {"sums_ptr": "*fp32", "level_ptr": "*fp32"},
         launch.level(768),

@@ -260,7 +260,7 @@ def _read_clearclip(
             f"model_type={model_type!r} of the plugged-in tower is not known: it must be one of "
             f"{', '.join(_MODEL_TYPES)}"
         )
-    return _self_attention(attn_layer, x, _MODEL_TYPES[model_type])
+    return _self_attention(attn_layer, x, _MODEL_TYPES[model_type], backend, config)
 
 
 def _read_sclip(
@@ -270,19 +270,27 @@ def _read_sclip(
     backend: str,
     config: FSAConfig | None,
 ) -> _Call:
-    return _self_attention(attn_layer, x, _MODEL_TYPES["SCLIP" if arguments["csa"] else "vanilla"])
+    pairs = _MODEL_TYPES["SCLIP" if arguments["csa"] else "vanilla"]
+    return _self_attention(attn_layer, x, pairs, backend, config)
 
 
-def _self_attention(attn_layer: nn.Module, x: Tensor, pairs: tuple[str, ...]) -> _Call:
+def _self_attention(
+    attn_layer: nn.Module,
+    x: Tensor,
+    pairs: tuple[str, ...],
+    backend: str,
+    config: FSAConfig | None,
+) -> _Call:
     projected = _project(attn_layer, x)
     value = projected["v"]
     if not pairs:
-        return _Call(identity_read_out(value[:, :, 1:]), value[:, :, :1])
+        attention = identity_read_out(value[:, :, 1:], feedback=config is not None)
+        return _Call(attention, value[:, :, :1])
     class_heads = sum(
         functional.scaled_dot_product_attention(projected[a][:, :, :1], projected[b], value)
         for a, b in pairs
     )
-    return _Call(self_read_out(projected, pairs), class_heads)
+    return _Call(self_read_out(projected, pairs, backend, config), class_heads)
 
 
 def _project(attn_layer: nn.Module, x: Tensor) -> dict[str, Tensor]:

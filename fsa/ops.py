@@ -145,7 +145,7 @@ def feedback_step(
     value: Tensor,
     patch_logits: Tensor,
     uniform_logits: Tensor | None,
-    attention: Tensor | Callable[[Tensor], Tensor] | ProxyStep | None,
+    attention: Tensor | Callable[[Tensor], Tensor] | AttentionStep | None,
     *,
     text_features: Tensor | None = None,
     attended: Tensor | None = None,
@@ -162,8 +162,8 @@ def feedback_step(
         value: V (B,H,N,d).
         patch_logits, uniform_logits, text_features: as `feedback_attention` takes them; their type
             may be another than that of `value`.
-        attention, attended: as `adapt` takes them; or a `ProxyStep`, which has gathered what it
-            needs of both.
+        attention, attended: as `adapt` takes them; or an `AttentionStep`, which has gathered
+            what it needs of both.
         config: default `FSAConfig()`.
         backend: "auto", "triton" or "torch".
         stream: True never keeps A_f, False always does; None goes by its size.
@@ -195,7 +195,7 @@ def feedback_step(
             dtype=value.dtype,
             backend=backend,
         )
-        if not isinstance(attention, ProxyStep):
+        if not isinstance(attention, AttentionStep):
             return adapt(
                 value, feedback, attention, attended=attended, config=config, backend=backend
             )
@@ -209,7 +209,7 @@ def feedback_step(
                 *predictions, columns, *_op_options(config), chosen.backend
             )
 
-    if isinstance(attention, ProxyStep):
+    if isinstance(attention, AttentionStep):
         return attention.adapted(apply_feedback)
     _check_attention(value, attention, attended)
     inputs = {}
@@ -328,19 +328,17 @@ class ProxyAttention:
         self._check_value(value)
         return torch.ops.fsa.proxy_apply(*self._state, value, add, self.gain, self.backend)
 
-    def gather(
-        self, value: Tensor, adaptations: tuple[str, ...], scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def gather(self, value: Tensor, config: FSAConfig) -> tuple[Tensor, Tensor]:
         """The attention applied to values V (B,N,D), and what a feedback step goes on with.
 
         Returns:
             A V, and after its last row the mean of V, (B,N+1,D); and columns (B,N,D) or (B,N,2D):
-            the sum of A V with "after" and V with "only", and beside it V with "before"; scaled.
+            the sum of A V with the adaptation "after" and V with "only", and beside it V with
+            "before"; divided by the number of adaptations.
         """
         self._check_value(value)
-        terms = (name in adaptations for name in ("after", "before", "only"))
         return torch.ops.fsa.proxy_gather(
-            *self._state, value, self.gain, *terms, scale, self.backend
+            *self._state, value, self.gain, *_terms(config), self.backend
         )
 
     def _check_value(self, value: Tensor) -> None:
@@ -354,14 +352,65 @@ class ProxyAttention:
         _check_same("features", features, "value", value)
 
 
-class ProxyStep:
-    """ProxyCLIP's attention in a feedback step: applied to the values, and once more to A_f V.
+class AttentionStep:
+    """A host's attention in a feedback step: applied to the values before, and once more to A_f V.
 
-    What lies between takes no launches of its own: the first application writes the columns that
-    A_f is multiplied with, the second adds the terms.
+    What a step takes besides, the mean of the values and the columns that A_f is multiplied with,
+    is laid out in one launch.
 
     Attributes:
         gathered: (B,H,N+1,d): A V, and after the last row V under uniform attention.
+
+    Args:
+        apply: from values (B,H,N,d) of the patches, and the scale of those of all else that the
+            host attends to, to (B,H,N,d): applies the host's attention A.
+        value: V (B,H,L,d) of everything the host attends to, the patches' last.
+        attended: A V (B,H,N,d) of the patches.
+        config: only `adaptations` matters here.
+        backend: "auto", "triton" or "torch".
+    """
+
+    def __init__(
+        self,
+        apply: Callable[[Tensor, float], Tensor],
+        value: Tensor,
+        attended: Tensor,
+        config: FSAConfig,
+        backend: str = "auto",
+    ) -> None:
+        backend = _choose(value.device, value.dtype, backend).backend
+        gathered, columns = torch.ops.fsa.gather(value, attended, *_terms(config), backend)
+        self._apply = apply
+        self._hold(gathered, columns, value.shape[1], config)
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """The attention applied to other values (B,H,N,d)."""
+        return self._apply(value, 1.0)
+
+    def adapted(self, apply_feedback: Callable[[Tensor], Tensor]) -> Tensor:
+        """The adapted values (B,H,N,d), given what multiplies columns (B,N,K) with A_f."""
+        dtype = self._columns.dtype
+        product = apply_feedback(self._columns)
+        if "before" not in self._adaptations:
+            return heads_apart(product.to(dtype), self._heads)
+        width = self.gathered.shape[1] * self.gathered.shape[-1]
+        others = product[..., :width] if len(self._adaptations) > 1 else None
+        return self._apply_and_add(product[..., -width:].to(dtype), others).to(dtype)
+
+    def _hold(self, gathered: Tensor, columns: Tensor, heads: int, config: FSAConfig) -> None:
+        self.gathered = heads_apart(gathered, heads)
+        self._columns = columns
+        self._heads = heads
+        self._adaptations = config.adaptations
+
+    def _apply_and_add(self, value: Tensor, others: Tensor | None) -> Tensor:
+        # The terms come scaled, so that their sum is their mean.
+        total = self._apply(heads_apart(value, self._heads), 1 / len(self._adaptations))
+        return total if others is None else total + heads_apart(others, self._heads)
+
+
+class ProxyStep(AttentionStep):
+    """The same of ProxyCLIP's, whose applications lay out the columns and add the terms themselves.
 
     Args:
         attention: of the images.
@@ -371,26 +420,20 @@ class ProxyStep:
 
     def __init__(self, attention: ProxyAttention, value: Tensor, config: FSAConfig) -> None:
         self._attention = attention
-        self._heads = value.shape[1]
-        self._adaptations = config.adaptations
-        gathered, self._columns = attention.gather(
-            heads_side_by_side(value), config.adaptations, 1 / len(config.adaptations)
-        )
-        self.gathered = heads_apart(gathered, self._heads)
+        self._hold(*attention.gather(heads_side_by_side(value), config), value.shape[1], config)
 
     def __call__(self, value: Tensor) -> Tensor:
         """The attention applied to other values (B,H,N,d)."""
         return heads_apart(self._attention(heads_side_by_side(value)), self._heads)
 
-    def adapted(self, apply_feedback: Callable[[Tensor], Tensor]) -> Tensor:
-        """The adapted values (B,H,N,d), given what multiplies columns (B,N,K) with A_f."""
-        dtype = self._columns.dtype
-        product = apply_feedback(self._columns)
-        if "before" in self._adaptations:
-            width = self.gathered.shape[1] * self.gathered.shape[-1]
-            add = product[..., :width] if len(self._adaptations) > 1 else None
-            product = self._attention(product[..., -width:].to(dtype), add=add)
-        return heads_apart(product.to(dtype), self._heads)
+    def _apply_and_add(self, value: Tensor, others: Tensor | None) -> Tensor:
+        return heads_apart(self._attention(value, add=others), self._heads)
+
+
+def _terms(config: FSAConfig) -> tuple[Any, ...]:
+    """Which of "after", "before" and "only" are averaged, and the scale of each."""
+    wanted = (name in config.adaptations for name in ("after", "before", "only"))
+    return *wanted, 1 / len(config.adaptations)
 
 
 def heads_side_by_side(value: Tensor) -> Tensor:
@@ -727,6 +770,25 @@ def _adapt(value, feedback, attention, attended, adaptations):
 @_adapt.register_fake
 def _(value, *_):
     return torch.empty(value.shape, dtype=value.dtype, device=value.device)
+
+
+@torch.library.custom_op(
+    "fsa::gather",
+    mutates_args=(),
+    schema="(Tensor value, Tensor attended, bool after, bool before, bool only, float scale, "
+    "str backend) -> (Tensor, Tensor)",
+)
+def _gather(value, attended, after, before, only, scale, backend):
+    module = fsa_kernels if backend == "triton" else torch_backend
+    with _out_of_memory("attended values", value):
+        return module.gather(value, attended, after=after, before=before, only=only, scale=scale)
+
+
+@_gather.register_fake
+def _(value, attended, after, before, only, *_):
+    B, H, N, d = attended.shape
+    halves = 2 if before and (after or only) else 1
+    return value.new_empty((B, N + 1, H * d)), value.new_empty((B, N, halves * H * d))
 
 
 @torch.library.custom_op(

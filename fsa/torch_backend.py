@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -239,8 +240,9 @@ def adapt(
         right_sides = [right_sides[0] + right_sides[1]]
 
     B, H, N, d = value.shape
-    stacked = torch.stack([side.transpose(1, 2) for side in right_sides], dim=2)
-    applied = feedback(stacked.flatten(2)).view(B, N, len(right_sides), H, d)
+    sides = [side.transpose(1, 2).flatten(2) for side in right_sides]
+    columns = sides[0] if len(sides) == 1 else torch.cat(sides, dim=-1)
+    applied = feedback(columns).unflatten(-1, (len(sides), H, d))
     terms = [term.transpose(1, 2) for term in applied.unbind(dim=2)]
     if "before" not in adaptations:
         total = terms[0]
@@ -250,7 +252,7 @@ def adapt(
             total = total + terms[-1]
         if "after" in adaptations:
             total = total + terms[0]
-    return (total / len(adaptations)).to(value.dtype)
+    return (total / len(adaptations) if len(adaptations) > 1 else total).to(value.dtype)
 
 
 def attention_applier(attention: Tensor) -> Callable[[Tensor], Tensor]:
@@ -353,20 +355,28 @@ def proxy_apply(
 
 
 def proxy_gather(
-    state: tuple[Tensor, Tensor],
+    state: tuple[Tensor, Tensor], value: Tensor, *, gain: float, **terms: Any
+) -> tuple[Tensor, Tensor]:
+    """See `fsa_kernels.proxy.gather`."""
+    attended = proxy_apply(state, value, gain=gain)
+    return gather(value[:, None], attended[:, None], **terms)
+
+
+def gather(
     value: Tensor,
+    attended: Tensor,
     *,
-    gain: float,
     after: bool,
     before: bool,
     only: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """See `fsa_kernels.proxy.gather`."""
-    attended = proxy_apply(state, value, gain=gain)
+    """See `fsa_kernels.columns.gather`."""
+    value, attended = (heads.transpose(1, 2).flatten(2) for heads in (value, attended))
     gathered = torch.cat([attended, value.mean(dim=1, keepdim=True)], dim=1)
-    sides = [[attended] * after + [value] * only, [value] * before]
-    columns = torch.cat([scale * sum(side) for side in sides if side], dim=-1)
+    patches = value[:, -attended.shape[1] :]
+    sides = [[attended] * after + [patches] * only, [patches] * before]
+    columns = torch.cat([scale * reduce(torch.add, side) for side in sides if side], dim=-1)
     return gathered, columns
 
 

@@ -4,6 +4,7 @@ Imports without Triton and without a GPU; the kernels themselves are imported wh
 
     feedback_attention   logits, or features and texts, -> A_f, in three launches
     apply_feedback       A_f times columns, without an N x N matrix
+    gather               values and attended values, laid out for the products of a step
     proxy_prepare, proxy_apply, proxy_gather
                          the affinity of features, applied to values once or more
     warmup               compiles ahead of the first call
@@ -24,6 +25,7 @@ __all__ = [
     "apply_feedback",
     "available",
     "feedback_attention",
+    "gather",
     "interpreting",
     "proxy_apply",
     "proxy_gather",
@@ -58,6 +60,13 @@ def apply_feedback(*args: Any, **options: Any) -> Tensor:
     from fsa_kernels import feedback
 
     return feedback.apply_feedback(*args, **options)
+
+
+def gather(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """See `fsa_kernels.columns.gather`."""
+    from fsa_kernels import columns
+
+    return columns.gather(*args, **options)
 
 
 def proxy_prepare(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:

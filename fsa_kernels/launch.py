@@ -126,6 +126,12 @@ def select_long() -> Launch:
     return Launch({"BLOCK_N": 8192}, num_warps=8)
 
 
+def gather() -> Launch:
+    """Values and attended values side by side, and their mean."""
+    blocks = {"BLOCK_N": 16, "BLOCK_D": 64, "MEAN_ROWS": 512, "MEAN_COLUMNS": 16}
+    return Launch(blocks, num_warps=4)
+
+
 def normalise(F: int) -> Launch:
     """Rows of features to unit length."""
     return Launch({"BLOCK_N": 16, "BLOCK_F": min(256, max(32, next_power_of_2(F)))}, num_warps=4)

@@ -182,6 +182,11 @@ OP_INPUTS = {
         (VALUE.half(), FEEDBACK.half(), ATTENTION.half(), None, "after"),
         (VALUE[..., ::2], FEEDBACK.mT, ATTENTION.mT, None, "only"),
     ],
+    "fsa::gather": [
+        (VALUE, VALUE[:, :, 2:], True, True, True, 1 / 3, "torch"),
+        (VALUE.half(), VALUE[..., 1:, :].half(), False, True, False, 1.0, "torch"),
+        (VALUE, VALUE[:, :, 1:], True, False, True, 0.5, "triton"),
+    ],
     "fsa::proxy_prepare": [
         (LOGITS, 1.2, 3.0, False, "torch"),
         (LOGITS[:, ::2].half(), 0.5, 1.0, False, "torch"),

@@ -242,7 +242,8 @@ def test_a_function_can_be_clearclip(residual):
 
     def clearclip(block):
         projected = {"q": block.query, "v": block.value}
-        return self_read_out(projected, ("qq",), prefix_tokens=block.prefix_tokens)
+        prefix = block.prefix_tokens
+        return self_read_out(projected, ("qq",), "auto", CONFIG, prefix_tokens=prefix)
 
     for config in (None, CONFIG):
         features = hosts.build(clearclip, visual, residual=residual).features(

@@ -35,6 +35,12 @@ class LastAttention:
     mean_value: Tensor | None
     gathered: Tensor | None = None
 
+    @classmethod
+    def of_step(cls, value: Tensor, step: ops.AttentionStep) -> LastAttention:
+        """Of values V (B,H,N,d) of patches and what a step has gathered."""
+        gathered = step.gathered
+        return cls(value, step, gathered[:, :, :-1], gathered[:, :, -1:], gathered)
+
 
 def adapted_heads(
     attention: LastAttention,

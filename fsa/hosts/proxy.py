@@ -36,15 +36,7 @@ def proxy_read_out(
     if config is None:
         attended = attention(ops.heads_side_by_side(value))
         return LastAttention(value, None, ops.heads_apart(attended, value.shape[1]), None)
-    step = ops.ProxyStep(attention, value, config)
-    gathered = step.gathered
-    return LastAttention(
-        value=value,
-        apply=step,
-        attended=gathered[:, :, :-1],
-        mean_value=gathered[:, :, -1:],
-        gathered=gathered,
-    )
+    return LastAttention.of_step(value, ops.ProxyStep(attention, value, config))
 
 
 def _resize(value: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

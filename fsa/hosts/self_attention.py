@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from fsa import ops
 from fsa.config import FSAConfig
 from fsa.hosts.base import Host, LastAttention
 
@@ -13,37 +16,43 @@ from fsa.hosts.base import Host, LastAttention
 def self_read_out(
     projected: dict[str, Tensor],
     pairs: tuple[str, ...],
+    backend: str,
+    config: FSAConfig | None,
     *,
     prefix_tokens: int = 1,
     bias: Tensor | None = None,
-    feedback: bool = True,
 ) -> LastAttention:
     """Sum of softmax(a b^T / sqrt(d) + bias) over pairs (a, b) of queries, keys and values.
 
     Args:
         projected: "v" and the others that `pairs` name, each (B,H,L,d), class token first.
         pairs: such as ("qk",) or ("qq", "kk").
+        backend: of the ops.
+        config: of the feedback that will follow, or None.
         prefix_tokens: how many tokens before the patches; they are keys, and stay what they are.
         bias: (N,L), added to the scores of patches, or None.
-        feedback: whether feedback will follow.
     """
     value = projected["v"]
     prefix, patches = value[:, :, :prefix_tokens], value[:, :, prefix_tokens:]
 
     def attend(values: Tensor) -> Tensor:
-        return sum(
+        attended = (
             scaled_dot_product_attention(
                 projected[a][:, :, prefix_tokens:], projected[b], values, attn_mask=bias
             )
             for a, b in pairs
         )
+        return reduce(torch.add, attended)
 
-    return LastAttention(
-        value=patches,
-        apply=lambda x: attend(torch.cat([prefix, x], dim=2)),
-        attended=attend(value),
-        mean_value=value.mean(dim=2, keepdim=True) if feedback else None,
-    )
+    attended = attend(value)
+    if config is None:
+        return LastAttention(patches, None, attended, None)
+
+    def attend_with_prefix(values: Tensor, scale: float) -> Tensor:
+        return attend(torch.cat([prefix * scale, values], dim=2))
+
+    step = ops.AttentionStep(attend_with_prefix, value, attended, config, backend)
+    return LastAttention.of_step(patches, step)
 
 
 def identity_read_out(value: Tensor, *, feedback: bool = True) -> LastAttention:
@@ -72,9 +81,10 @@ class SelfAttentionHost(Host):
         return self_read_out(
             projected,
             self.pairs,
+            self.backend,
+            config,
             prefix_tokens=self.tower.prefix_tokens,
             bias=self.bias(tokens, images),
-            feedback=config is not None,
         )
 
     def bias(self, tokens: Tensor, images: Tensor) -> Tensor | None:
