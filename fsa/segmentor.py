@@ -332,12 +332,13 @@ class Segmentor:
 
         queries = self._text.encode(classes)
         padded, (top, left) = self._padded(working[(slice(None), *part.slices)][None])
-        vfm_features = self.vfm(padded) if self.vfm else None
+        vfm_features, tokens = self._vfm_features(padded)
         seen = attentions(
             self.host,
             padded,
             queries.features,
             vfm_features=vfm_features,
+            tokens=tokens,
             config=self.config,
         )
         grid = self.host.grid(*padded.shape[-2:], vfm_features)
@@ -423,9 +424,9 @@ class Segmentor:
         Raises:
             InputError: as `Host.features`.
         """
-        vfm_features = self.vfm(windows) if self.vfm else None
+        vfm_features, tokens = self._vfm_features(windows)
         features = self.host.features(
-            windows, text_features, vfm_features=vfm_features, config=self.config
+            windows, text_features, vfm_features=vfm_features, tokens=tokens, config=self.config
         )
         unit = functional.normalize(features.float(), dim=-1)
         grid = self.host.grid(*windows.shape[-2:], vfm_features)
@@ -456,6 +457,10 @@ class Segmentor:
         for maps in cosines.split(1):
             maps = functional.interpolate(maps, size=padded.shape[-2:], mode="bilinear")
             yield maps[0, :, top : top + height, left : left + width]
+
+    def _vfm_features(self, windows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What the vfm makes of windows, and CLIP's tokens where they come with it."""
+        return self.vfm.with_trunk(windows, self.host.tower) if self.vfm else (None, None)
 
     def _padded(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Windows padded to whole patches, in the model's type, and where they begin in that."""
