@@ -154,7 +154,7 @@ def figure(
 
 
 def _largest_first(alone: Segmentation, adapted: Segmentation) -> tuple[np.ndarray, list[str]]:
-    """New numbers (C,) of the classes, the largest first, and the names of those that occur.
+    """New numbers (C,) of the classes, the largest first, and names of those that occur.
 
     So the classes that matter get the colours that are easiest to tell apart.
     """
@@ -163,7 +163,7 @@ def _largest_first(alone: Segmentation, adapted: Segmentation) -> tuple[np.ndarr
     by_area = np.argsort(-areas, kind="stable")
     order = np.empty(count, dtype=np.int64)
     order[by_area] = np.arange(count)
-    return order, [adapted.class_names[i] for i in by_area if areas[i] > 0]
+    return order, [viz.legible(adapted.class_names[i], i) for i in by_area if areas[i] > 0]
 
 
 def _crop(picture: Image.Image, seen: PatchAttentions) -> np.ndarray:
