@@ -213,6 +213,26 @@ class Segmentor:
             cuda_graph=self.graphs is not None,
         )
 
+    def check(
+        self,
+        classes: Classes,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        short_side: int | None = None,
+        prob_thd: float = 0.0,
+        background: str | int | None = None,
+        window_batch: int = 8,
+    ) -> None:
+        """Looks at arguments of `segment` without a picture.
+
+        Raises:
+            InputError: those that `segment` accepts with no picture.
+        """
+        self._sizes(window, stride, short_side)
+        _check_window_batch(window_batch)
+        _background(parse_classes(classes), prob_thd, background)
+
     def segment(
         self,
         image: Any,
@@ -249,8 +269,7 @@ class Segmentor:
         """
         start = time.perf_counter()
         sizes = self._sizes(window, stride, short_side)
-        if isinstance(window_batch, bool) or not isinstance(window_batch, int) or window_batch < 1:
-            raise InputError(f"window_batch={window_batch!r} must be an integer >= 1")
+        _check_window_batch(window_batch)
         picture = read_image(image)
         names, background_index = _background(parse_classes(classes), prob_thd, background)
         queries = self._text.encode(classes)
@@ -502,6 +521,11 @@ def _resolve_feedback(feedback: bool | FSAConfig, vfm: VFM | None, model: str) -
             f"feedback must be True, False or an FSAConfig, not {type(feedback).__name__}"
         )
     return FSAConfig.preset(vfm=vfm.name if vfm else None, model=model) if feedback else None
+
+
+def _check_window_batch(window_batch: int) -> None:
+    if isinstance(window_batch, bool) or not isinstance(window_batch, int) or window_batch < 1:
+        raise InputError(f"window_batch={window_batch!r} must be an integer >= 1")
 
 
 def _background(

@@ -148,9 +148,7 @@ def beside_legend(picture: Image.Image, labels: np.ndarray, names: Sequence[str]
     row = round(size * 1.5)
     colours = palette(len(names)).tolist()
     lines = [
-        _Line(
-            *_legible(names[i], f"class {i}", size), _percent(counts[i] / labels.size), colours[i]
-        )
+        _Line(*_legible(names[i], f"class {i}", size), percent(counts[i] / labels.size), colours[i])
         for i in np.argsort(-counts, kind="stable")
         if counts[i] > 0
     ]
@@ -304,7 +302,8 @@ def outlined(
     return copy
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share of a picture in whole percents: "12%", and "<1%" for what is there and is less."""
     return f"{share:.0%}" if share >= 0.01 else "<1%"
 
 

@@ -60,6 +60,12 @@ def test_a_name_that_cannot_be_written_has_its_number_in_the_list(segmentor):
     assert order.tolist() == [2, 0, 1]
 
 
+def test_the_proxy_of_a_figure_comes_from_a_file_too(run, tmp_path):
+    options = ["--host", "proxyclip", "--vfm", "dino", "--vfm-pretrained", tmp_path / "gone.pt"]
+    code, _, stderr = run("compare", SCENE.picture, "--classes", "sand; snow", *options)
+    assert (code, "gone.pt': no such file" in stderr) == (1, True)
+
+
 @pytest.mark.parametrize("text", ["", "a,b", "1,2,3", "-1,2", "1.5,2"])
 def test_a_place_is_two_whole_numbers(text):
     with pytest.raises(InputError, match="ROW,COL"):
