@@ -59,7 +59,7 @@ def test_every_host_segments(host, clearclip, picture):
 
 
 @pytest.mark.parametrize("feedback", [True, False])
-def test_a_layer_of_clip_as_proxy_runs_no_block_twice(feedback, clearclip, picture):
+def test_a_layer_of_clip_as_proxy_runs_no_block_twice(feedback, clearclip, picture, count_calls):
     proxyclip = clearclip.with_host("proxyclip", vfm="layer:2").with_feedback(feedback)
     windows = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
     text = proxyclip.encode(CLASSES).features
@@ -67,12 +67,8 @@ def test_a_layer_of_clip_as_proxy_runs_no_block_twice(feedback, clearclip, pictu
     separate = host.features(windows, text, vfm_features=vfm(windows), config=proxyclip.config)
     expected = functional.normalize(separate, dim=-1) @ text.T
 
-    calls = []
     blocks = host.tower.visual.transformer.resblocks
-    hooks = [
-        block.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
-        for number, block in enumerate(blocks)
-    ]
+    calls = count_calls(blocks)
     cosines = proxyclip.forward(windows, text)
     assert calls == list(range(len(blocks) - 1))
     assert torch.equal(cosines.flatten(2).mT, expected)
@@ -80,8 +76,6 @@ def test_a_layer_of_clip_as_proxy_runs_no_block_twice(feedback, clearclip, pictu
         calls.clear()
         proxyclip.attentions_at(picture, CLASSES, (1, 1), **SMALL)
         assert calls == list(range(len(blocks) - 1))
-    for hook in hooks:
-        hook.remove()
 
 
 def test_a_layer_of_another_model_is_a_proxy_too(clearclip):

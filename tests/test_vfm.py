@@ -106,17 +106,9 @@ def test_a_layer_of_clip_itself(name, layer, tower):
     assert model.name == f"layer:{layer}"
 
 
-def count_calls(blocks):
-    """How often each of the blocks is called from now on, in a list that grows."""
-    calls = []
-    for number, block in enumerate(blocks):
-        block.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
-    return calls
-
-
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("layer", [0, 1, 3])
-def test_a_layer_and_the_trunk_run_every_block_once(layer, batch_first):
+def test_a_layer_and_the_trunk_run_every_block_once(layer, batch_first, count_calls):
     tower = Tower(VisionTransformer(32, 8, 24, 4, 3, 2.0, output_dim=16).eval())
     tower.visual.transformer.batch_first = batch_first
     for block in tower.visual.transformer.resblocks:
