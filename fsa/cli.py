@@ -213,15 +213,16 @@ def _segment_all(
 
     failures: list[str] = []
     taken: set[str] = set()
-    with tqdm(total=len(files), unit="picture", disable=quiet, file=sys.stderr) as bar:
+    with tqdm(total=len(files), unit="picture", disable=quiet or None, file=sys.stderr) as bar:
         for file in files:
-            # Pictures of the same name in different directories do not overwrite each other.
+            # Pictures of the same name in different directories do not overwrite each other, nor
+            # do those whose names differ in case on file systems that do not tell it.
             stem = plain = safe_stem(file.stem)
             number = 2
-            while stem in taken:
+            while stem.casefold() in taken:
                 stem = f"{plain}-{number}"
                 number += 1
-            taken.add(stem)
+            taken.add(stem.casefold())
             try:
                 result = segmentor.segment(
                     file, classes, progress=_window_progress(bar, file), **options
@@ -249,9 +250,11 @@ def _shown(text: str) -> str:
 
 
 def _summary(file: Path, result: Segmentation, overlay: Path) -> str:
-    from fsa.viz import percent
+    from fsa.viz import percent, shortened
 
     present = [(name, share) for name, share in result.areas().items() if share > 0]
-    shown = ", ".join(f"{name} {percent(share)}" for name, share in present[:_CLASSES_SHOWN])
+    shown = ", ".join(
+        f"{shortened(name)} {percent(share)}" for name, share in present[:_CLASSES_SHOWN]
+    )
     more = f", {len(present) - _CLASSES_SHOWN} more" if len(present) > _CLASSES_SHOWN else ""
     return _shown(f"{file.name}: {shown}{more} -> {overlay}")

@@ -15,7 +15,7 @@ from fsa import viz
 from fsa.demo import TITLES
 from fsa.errors import InputError
 from fsa.inspection import PatchAttentions
-from fsa.result import Segmentation, make_directory, write_whole
+from fsa.result import Segmentation, make_room_for_png, write_whole
 from fsa.segmentor import Segmentor
 from fsa.text import Classes
 
@@ -60,7 +60,7 @@ def run(
         InputError: a picture, class list, patch or size that is not accepted, or a PNG that
             cannot be written.
     """
-    make_directory(out.absolute().parent)
+    make_room_for_png(out)
     sizes = {"window": window, "stride": stride, "short_side": short_side}
     adapted = segmentor.segment(picture, classes, **sizes)
     alone = segmentor.with_feedback(False).segment(picture, classes, **sizes)
@@ -95,9 +95,7 @@ def figure(
     rgb = adapted.picture.rgb.permute(1, 2, 0).numpy()
     # Shown as large as the panels are, so that lines and hatching keep their width.
     shown = Image.fromarray(rgb)
-    shown = shown.resize(
-        (_PANEL_WIDTH, round(shown.height * _PANEL_WIDTH / shown.width)), Image.Resampling.LANCZOS
-    )
+    shown = shown.resize(viz.fitted(shown.size, _PANEL_WIDTH), Image.Resampling.LANCZOS)
     order, names = _largest_first(alone, adapted)
     painted = [
         Image.fromarray(viz.paint(rgb, order[result.labels], len(names))).resize(
@@ -171,7 +169,7 @@ def _crop(picture: Image.Image, seen: PatchAttentions) -> np.ndarray:
     resized = picture.resize(seen.size[::-1], Image.Resampling.BILINEAR)
     canvas = Image.new("RGB", (seen.area.width, seen.area.height), (128, 128, 128))
     canvas.paste(resized, (-seen.area.left, -seen.area.top))
-    size = (_PANEL_WIDTH, round(seen.area.height * _PANEL_WIDTH / seen.area.width))
+    size = viz.fitted(canvas.size, _PANEL_WIDTH)
     return np.asarray(canvas.resize(size, Image.Resampling.BICUBIC))
 
 

@@ -21,7 +21,7 @@ from fsa.images import Picture, read_image
 from fsa.inspection import PatchAttentions, attentions
 from fsa.models import TINY, LoadedModel, load_model
 from fsa.result import Segmentation
-from fsa.text import Classes, TextEncoder, TextQueries, parse_classes
+from fsa.text import Classes, TextEncoder, TextQueries, checked_name, parse_classes
 from fsa.transformers_models import from_transformers
 from fsa.vfm import LAYER, VFM, load_vfm
 
@@ -546,7 +546,7 @@ def _background(
             )
         index = background
     elif background is None or (isinstance(background, str) and background.strip()):
-        name = " ".join((background or _BACKGROUND).split())
+        name = checked_name(background or _BACKGROUND, "background")
         known = {
             synonym.casefold(): number
             for number, synonyms in enumerate(classes)

@@ -39,6 +39,7 @@ _BORDER_LIGHT = 0.35
 # Lower pictures get a canvas of this height, or the legend would run far to their right.
 _LEGEND_HEIGHT = 360
 _LONGEST_LEGEND_NAME = 40
+_TALLEST_PANEL = 4
 # Pillow's own font may hold nothing beyond Latin. Looked for where the system keeps its fonts.
 _FONT_FILES = (
     "DejaVuSans.ttf",
@@ -192,6 +193,13 @@ class _Line:
     colour: Sequence[int]
 
 
+def shortened(name: str) -> str:
+    """A name, or the beginning of a long one."""
+    if len(name) <= _LONGEST_LEGEND_NAME:
+        return name
+    return name[: _LONGEST_LEGEND_NAME - 1].rstrip() + "…"
+
+
 def legible(name: str, number: int) -> str:
     """A class's name as a legend writes it: if need be shortened, or "class 3", its number."""
     # What letters a font has does not depend on its size.
@@ -203,8 +211,7 @@ def _legible(name: str, otherwise: str, size: int) -> tuple[str, _Font]:
 
     The other name is followed by what the first font has of the name, if there is a letter.
     """
-    if len(name) > _LONGEST_LEGEND_NAME:
-        name = name[: _LONGEST_LEGEND_NAME - 1].rstrip() + "…"
+    name = shortened(name)
     decomposed = unicodedata.normalize("NFKD", name)
     unaccented = "".join(letter for letter in decomposed if not unicodedata.combining(letter))
     for spelling in (name, unaccented):
@@ -298,8 +305,19 @@ def outlined(
     left, top, right, bottom = (round(side) for side in box)
     for inset, colour in ((-width, _INK), (0, _PAPER), (width, _INK)):
         lines = (left + inset, top + inset, right - inset, bottom - inset)
-        draw.rectangle(lines, outline=colour, width=width)
+        # The inner lines of a box that is smaller than they are wide have no room.
+        if lines[0] <= lines[2] and lines[1] <= lines[3]:
+            draw.rectangle(lines, outline=colour, width=width)
     return copy
+
+
+def fitted(size: tuple[int, int], width: int) -> tuple[int, int]:
+    """The size in pixels, (width, height), at which a picture of any shape is shown in a panel.
+
+    As wide as the panel, but at most four times as high, and at least one pixel.
+    """
+    scale = min(width / size[0], _TALLEST_PANEL * width / size[1])
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def percent(share: float) -> str:
@@ -327,7 +345,7 @@ def grid(
     """Panels in rows and columns on white.
 
     Args:
-        rows: panels; the pictures of a row are scaled to the same width.
+        rows: panels; their pictures are scaled to the same width, very high ones to a smaller one.
         titles: over the columns.
         heading: over all.
         panel_width: of every picture, in pixels.
@@ -340,8 +358,7 @@ def grid(
     scaled = [
         [
             panel.picture.convert("RGB").resize(
-                (panel_width, round(panel.picture.height * panel_width / panel.picture.width)),
-                Image.Resampling.LANCZOS,
+                fitted(panel.picture.size, panel_width), Image.Resampling.LANCZOS
             )
             for panel in row
         ]
@@ -377,8 +394,8 @@ def grid(
             canvas.paste(upright.rotate(90, expand=True), (_GAP // 2, top))
         for column, panel in enumerate(row):
             left = margin + column * (panel_width + _GAP)
-            canvas.paste(scaled[number][column], (left, top))
             middle = left + panel_width // 2
+            canvas.paste(scaled[number][column], (middle - scaled[number][column].width // 2, top))
             anchor = (middle, top + heights[number] + line // 2)
             draw.text(anchor, panel.caption, font=font, fill=_INK, anchor="mm")
         top += heights[number] + line + _GAP

@@ -140,9 +140,36 @@ def test_paths_that_cannot_be_used_are_one_line(run, picture, tmp_path):
     taken = tmp_path / "taken"
     taken.write_text("")
     code, _, stderr = run("segment", picture, *classes, "--out", taken)
-    assert (code, "taken: cannot write there" in stderr) == (1, True)
+    assert (code, "taken: cannot write there (not a directory)" in stderr) == (1, True)
     code, _, stderr = run("demo", "--out", taken / "x.png")
     assert (code, "taken: cannot write there" in stderr) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["figure.jpg", "figure", "", "."])
+def test_a_figure_has_the_name_of_a_png(name, run, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (["demo"], ["compare", picture, "--classes", "cat"]):
+        code, _, stderr = run(*command, "--out", name)
+        assert (code, stderr.endswith("it must end in .png\n")) == (1, True)
+        assert len(stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_names_that_differ_in_case_are_written_apart(run, picture, tmp_path):
+    Image.new("RGB", (40, 60)).save(picture.with_name("CAT.png"))
+    out = tmp_path / "out"
+    assert run("segment", picture.parent, "--classes", "cat", "--out", out, *SMALL)[0] == 0
+    assert sorted(path.name for path in out.glob("*.json")) == ["CAT.json", "cat-2.json"]
+
+
+def test_a_long_name_is_shortened_in_the_summary_and_progress_is_for_terminals(
+    run, picture, tmp_path
+):
+    code, stdout, stderr = run(
+        "segment", picture, "--classes", "x" * 300, "--out", tmp_path / "out", *SMALL
+    )
+    assert (code, stderr) == (0, "")
+    assert f"cat.png: {'x' * 39}… 100% -> " in stdout
 
 
 @pytest.mark.parametrize("option", ["--window", "--stride", "--short-side", "--window-batch"])

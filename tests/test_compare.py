@@ -34,6 +34,18 @@ def test_a_figure_is_written(run, tmp_path, place):
         assert figure.height > 2 * 300
 
 
+@pytest.mark.parametrize("size", [(300, 1), (3000, 2), (1, 1), (2, 90)])
+def test_pictures_of_any_shape_make_a_figure(run, tmp_path, size):
+    picture, file = tmp_path / "thin.png", tmp_path / "compare.png"
+    Image.new("RGB", size, "green").save(picture)
+    options = ["--short-side", "16", "--window", "64", "--stride", "64", "--out", file]
+    code, _, stderr = run("compare", picture, "--classes", "cat; dog", *options)
+    assert (code, stderr) == (0, "")
+    with Image.open(file) as figure:
+        assert figure.width > 3 * 300
+        assert figure.height < 8 * 400
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

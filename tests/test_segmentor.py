@@ -297,6 +297,7 @@ def test_progress_is_told(clearclip, picture):
         ({"background": 3}, "background=3 is not the number of a class"),
         ({"background": 1.5}, "background=1.5"),
         ({"background": ""}, "background=''"),
+        ({"background": "\x1b[31mred"}, "background holds .* control characters"),
         ({"window_batch": 0}, "window_batch=0"),
     ],
 )

@@ -207,6 +207,32 @@ def test_a_grid_holds_every_panel():
     assert figure.width == 3 * 60 + 4 * 10
 
 
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        ((40, 30), (100, 75)),
+        ((30, 40), (100, 133)),
+        ((3000, 2), (100, 1)),
+        ((10, 50), (80, 400)),
+        ((1, 9000), (1, 400)),
+    ],
+)
+def test_a_panel_shows_a_picture_of_any_shape(size, shown):
+    assert viz.fitted(size, 100) == shown
+    figure = np.asarray(viz.grid([[viz.Panel(Image.new("RGB", size, (9, 8, 7)))]], panel_width=100))
+    rows, columns = (figure == (9, 8, 7)).all(axis=-1).nonzero()
+    assert (np.ptp(columns) + 1, np.ptp(rows) + 1) == shown
+    # In the middle of the panel, which begins after the margin.
+    assert abs((columns.min() + columns.max() + 1) / 2 - (viz._GAP + 50)) <= 1
+
+
+@pytest.mark.parametrize("box", [(5, 5, 30, 30), (5, 5, 6, 5), (4, 9, 30, 10), (5, 5, 5.2, 5.1)])
+def test_a_box_of_any_size_is_outlined(box):
+    drawn = np.asarray(viz.outlined(Image.new("RGB", (40, 40), (99, 99, 99)), box))
+    assert (drawn == viz._INK).all(axis=-1).any()
+    assert (drawn[0] == 99).all()
+
+
 def test_iou_by_hand():
     mask = np.array([[0, 0, 1, 1], [2, 2, 255, 1]])
     labels = np.array([[0, 1, 1, 1], [2, 0, 0, 1]])
