@@ -5,8 +5,9 @@ Nothing heavy is imported before a command needs it, so that help and mistakes a
 
 from __future__ import annotations
 
+import io
 import sys
-from enum import Enum
+import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,6 @@ from fsa.errors import FSAError, InputError
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from fsa.config import FSAConfig
     from fsa.result import Segmentation
     from fsa.segmentor import Segmentor
 
@@ -26,43 +26,22 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Open-vocabulary segmentation with CLIP and feedback self-adaptive attention (FSA).",
 )
-
-eval_cli.register(app)
 
 _CLASSES_SHOWN = 4
 
 
-class HostName(str, Enum):
-    """The hosts, spelled out here so that help needs no model code."""
-
-    clip = "clip"
-    maskclip = "maskclip"
-    sclip = "sclip"
-    clearclip = "clearclip"
-    proxyclip = "proxyclip"
-    naclip = "naclip"
-    qk = "qk"
-    qq = "qq"
-    kk = "kk"
-    vv = "vv"
-
-
-class Backend(str, Enum):
-    """The backends of the ops."""
-
-    auto = "auto"
-    triton = "triton"
-    torch = "torch"
-
-
 def main() -> None:
     """Runs the command; an error of ours is one line on stderr and exit code 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names that the terminal's or a file's encoding lacks are no reason to stop.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except FSAError as error:
-        typer.echo(f"fsa: {error}", err=True)
+        typer.echo(f"fsa: {_shown(str(error))}", err=True)
         sys.exit(1)
 
 
@@ -71,33 +50,29 @@ def segment(
     pictures: Annotated[
         list[Path], typer.Argument(help="Pictures, or directories of them.", show_default=False)
     ],
-    classes: Annotated[
-        str, typer.Option(help='Class names: "cat; dog, puppy; grass". Commas part synonyms.')
-    ] = "",
+    classes: cli_options.Classes = "",
     classes_file: cli_options.ClassesFile = None,
-    host: Annotated[HostName, typer.Option(help="The segmentor.")] = HostName.clearclip,
+    host: cli_options.Host = cli_options.DEFAULT_HOST,
     model: cli_options.Model = "tiny",
     pretrained: cli_options.Pretrained = None,
     vfm: cli_options.Vfm = None,
     vfm_pretrained: cli_options.VfmPretrained = None,
     feedback: cli_options.Feedback = True,
-    beta: Annotated[float | None, typer.Option(help="Sharpness of the scaling.")] = None,
-    confidence: Annotated[
-        float | None, typer.Option(help="Cumulative confidence that is kept.")
-    ] = None,
+    beta: cli_options.Beta = None,
+    confidence: cli_options.Confidence = None,
     window: cli_options.Window = None,
     stride: cli_options.Stride = None,
-    short_side: Annotated[
-        int | None, typer.Option(help="To which pictures are resized first.")
-    ] = None,
-    prob_thd: Annotated[float, typer.Option(help="Less probable pixels become background.")] = 0.0,
+    short_side: cli_options.ShortSide = None,
+    prob_thd: Annotated[
+        float, typer.Option(help="Pixels whose class is less probable become background.")
+    ] = 0.0,
     background: Annotated[
-        str | None, typer.Option(help="The class they become; added if there is none.")
+        str | None, typer.Option(help="The class that they become; added if it is not there.")
     ] = None,
     window_batch: Annotated[int, typer.Option(help="Windows computed at once.")] = 8,
     device: cli_options.Device = None,
     dtype: cli_options.Dtype = None,
-    backend: Annotated[Backend, typer.Option(help="Of the ops.")] = Backend.auto,
+    backend: cli_options.Backend = cli_options.BackendName.auto,
     cache_dir: Annotated[
         str | None, typer.Option(help="Where downloaded weights are kept.")
     ] = None,
@@ -131,26 +106,22 @@ def segment(
         cache_dir=cache_dir,
         vfm_pretrained=vfm_pretrained,
     )
-    segmentor = segmentor.with_feedback(_feedback(segmentor, beta, confidence))
-    failures = _segment_all(
-        segmentor,
-        files,
-        class_list,
-        out,
-        quiet,
-        {
-            "window": window,
-            "stride": stride,
-            "short_side": short_side,
-            "prob_thd": prob_thd,
-            "background": background,
-            "window_batch": window_batch,
-        },
-    )
+    segmentor = cli_options.with_changes(segmentor, {"beta": beta, "confidence": confidence})
+    options = {
+        "window": window,
+        "stride": stride,
+        "short_side": short_side,
+        "prob_thd": prob_thd,
+        "background": background,
+        "window_batch": window_batch,
+    }
+    # What no picture is accepted with is said once, not for every picture.
+    segmentor.check(class_list, **options)
+    failures = _segment_all(segmentor, files, class_list, out, quiet, options)
     if failures:
         typer.echo(f"{len(failures)} of {len(files)} pictures failed:", err=True)
         for message in failures:
-            typer.echo(f"  {message}", err=True)
+            typer.echo(f"  {_shown(message)}", err=True)
         raise typer.Exit(1)
 
 
@@ -158,7 +129,10 @@ def segment(
 def demo(
     out: Annotated[Path, typer.Option(help="The picture that is written.")] = Path("fsa-demo.png"),
 ) -> None:
-    """Segment shipped pictures with each host, without and with FSA, side by side in one PNG."""
+    """Segment shipped pictures with four hosts, without and with FSA.
+
+    One PNG shows them side by side, with the truth.
+    """
     from fsa.demo import run
 
     run(out)
@@ -167,29 +141,30 @@ def demo(
 @app.command()
 def compare(
     picture: Annotated[Path, typer.Argument(help="A picture.", show_default=False)],
-    classes: Annotated[
-        str, typer.Option(help='Class names: "cat; dog, puppy; grass". Commas part synonyms.')
-    ] = "",
+    classes: cli_options.Classes = "",
     classes_file: cli_options.ClassesFile = None,
     patch: Annotated[
         str | None,
         typer.Option(help="ROW,COL of the patch to look at; default the middle one."),
     ] = None,
-    host: Annotated[HostName, typer.Option(help="The segmentor.")] = HostName.clearclip,
+    host: cli_options.Host = cli_options.DEFAULT_HOST,
     model: cli_options.Model = "tiny",
     pretrained: cli_options.Pretrained = None,
     vfm: cli_options.Vfm = None,
+    vfm_pretrained: cli_options.VfmPretrained = None,
     window: cli_options.Window = None,
     stride: cli_options.Stride = None,
-    short_side: Annotated[
-        int | None, typer.Option(help="To which the picture is resized first.")
-    ] = None,
+    short_side: cli_options.ShortSide = None,
     device: cli_options.Device = None,
     out: Annotated[Path, typer.Option(help="The picture that is written.")] = Path(
         "fsa-compare.png"
     ),
 ) -> None:
-    """Show a picture's labels without and with FSA, and what one patch attends to, in one PNG."""
+    """Show what FSA changes in a picture, and for one of its patches.
+
+    One PNG: the labels without and with FSA, and below them what the patch attends to before, which
+    patches feedback keeps for it, and what it attends to after.
+    """
     from fsa.compare import parse_patch, run
 
     class_list = _classes(classes, classes_file)
@@ -197,9 +172,11 @@ def compare(
 
     from fsa.segmentor import load_segmentor
 
-    segmentor = load_segmentor(host.value, model, pretrained, vfm, device=device)
+    segmentor = load_segmentor(
+        host.value, model, pretrained, vfm, device=device, vfm_pretrained=vfm_pretrained
+    )
     sizes = {"window": window, "stride": stride, "short_side": short_side}
-    typer.echo(run(segmentor, picture, class_list, out, patch=place, **sizes))
+    typer.echo(_shown(run(segmentor, picture, class_list, out, patch=place, **sizes)))
 
 
 @app.command()
@@ -210,24 +187,15 @@ def info() -> None:
     typer.echo(report())
 
 
+eval_cli.register(app)
+
+
 def _classes(text: str, file: Path | None) -> list[list[str]]:
     if bool(text.strip()) == (file is not None):
         raise InputError('pass the classes as --classes "cat; dog, puppy", or as --classes-file')
     from fsa.text import parse_class_text, read_class_file
 
     return parse_class_text(text) if file is None else read_class_file(file)
-
-
-def _feedback(
-    segmentor: Segmentor, beta: float | None, confidence: float | None
-) -> FSAConfig | bool:
-    changes = {"beta": beta, "confidence": confidence}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if segmentor.config is None:
-        if changes:
-            raise InputError("--beta and --confidence are for feedback, which --no-feedback is off")
-        return False
-    return segmentor.config.replace(**changes)
 
 
 def _segment_all(
@@ -245,15 +213,16 @@ def _segment_all(
 
     failures: list[str] = []
     taken: set[str] = set()
-    with tqdm(total=len(files), unit="picture", disable=quiet, file=sys.stderr) as bar:
+    with tqdm(total=len(files), unit="picture", disable=quiet or None, file=sys.stderr) as bar:
         for file in files:
-            # Pictures of the same name in different directories do not overwrite each other.
+            # Pictures of the same name in different directories do not overwrite each other, nor
+            # do those whose names differ in case on file systems that do not tell it.
             stem = plain = safe_stem(file.stem)
             number = 2
-            while stem in taken:
+            while stem.casefold() in taken:
                 stem = f"{plain}-{number}"
                 number += 1
-            taken.add(stem)
+            taken.add(stem.casefold())
             try:
                 result = segmentor.segment(
                     file, classes, progress=_window_progress(bar, file), **options
@@ -269,11 +238,23 @@ def _segment_all(
 
 
 def _window_progress(bar: tqdm, file: Path):
-    return lambda done, total: bar.set_postfix_str(f"{file.name}: window {done}/{total}")
+    name = _shown(file.name)
+    return lambda done, total: bar.set_postfix_str(f"{name}: window {done}/{total}")
+
+
+def _shown(text: str) -> str:
+    """A text for the terminal: a file's name may hold characters that would control it."""
+    return "".join(
+        ascii(c)[1:-1] if c != "\n" and unicodedata.category(c) in ("Cc", "Cs") else c for c in text
+    )
 
 
 def _summary(file: Path, result: Segmentation, overlay: Path) -> str:
+    from fsa.viz import percent, shortened
+
     present = [(name, share) for name, share in result.areas().items() if share > 0]
-    shown = ", ".join(f"{name} {share:.0%}" for name, share in present[:_CLASSES_SHOWN])
+    shown = ", ".join(
+        f"{shortened(name)} {percent(share)}" for name, share in present[:_CLASSES_SHOWN]
+    )
     more = f", {len(present) - _CLASSES_SHOWN} more" if len(present) > _CLASSES_SHOWN else ""
-    return f"{file.name}: {shown}{more} -> {overlay}"
+    return _shown(f"{file.name}: {shown}{more} -> {overlay}")

@@ -15,7 +15,7 @@ from fsa import viz
 from fsa.demo import TITLES
 from fsa.errors import InputError
 from fsa.inspection import PatchAttentions
-from fsa.result import Segmentation, make_directory, write_whole
+from fsa.result import Segmentation, make_room_for_png, write_whole
 from fsa.segmentor import Segmentor
 from fsa.text import Classes
 
@@ -60,7 +60,7 @@ def run(
         InputError: a picture, class list, patch or size that is not accepted, or a PNG that
             cannot be written.
     """
-    make_directory(out.absolute().parent)
+    make_room_for_png(out)
     sizes = {"window": window, "stride": stride, "short_side": short_side}
     adapted = segmentor.segment(picture, classes, **sizes)
     alone = segmentor.with_feedback(False).segment(picture, classes, **sizes)
@@ -95,9 +95,7 @@ def figure(
     rgb = adapted.picture.rgb.permute(1, 2, 0).numpy()
     # Shown as large as the panels are, so that lines and hatching keep their width.
     shown = Image.fromarray(rgb)
-    shown = shown.resize(
-        (_PANEL_WIDTH, round(shown.height * _PANEL_WIDTH / shown.width)), Image.Resampling.LANCZOS
-    )
+    shown = shown.resize(viz.fitted(shown.size, _PANEL_WIDTH), Image.Resampling.LANCZOS)
     order, names = _largest_first(alone, adapted)
     painted = [
         Image.fromarray(viz.paint(rgb, order[result.labels], len(names))).resize(
@@ -154,7 +152,7 @@ def figure(
 
 
 def _largest_first(alone: Segmentation, adapted: Segmentation) -> tuple[np.ndarray, list[str]]:
-    """New numbers (C,) of the classes, the largest first, and the names of those that occur.
+    """New numbers (C,) of the classes, the largest first, and names of those that occur.
 
     So the classes that matter get the colours that are easiest to tell apart.
     """
@@ -163,7 +161,7 @@ def _largest_first(alone: Segmentation, adapted: Segmentation) -> tuple[np.ndarr
     by_area = np.argsort(-areas, kind="stable")
     order = np.empty(count, dtype=np.int64)
     order[by_area] = np.arange(count)
-    return order, [adapted.class_names[i] for i in by_area if areas[i] > 0]
+    return order, [viz.legible(adapted.class_names[i], i) for i in by_area if areas[i] > 0]
 
 
 def _crop(picture: Image.Image, seen: PatchAttentions) -> np.ndarray:
@@ -171,7 +169,7 @@ def _crop(picture: Image.Image, seen: PatchAttentions) -> np.ndarray:
     resized = picture.resize(seen.size[::-1], Image.Resampling.BILINEAR)
     canvas = Image.new("RGB", (seen.area.width, seen.area.height), (128, 128, 128))
     canvas.paste(resized, (-seen.area.left, -seen.area.top))
-    size = (_PANEL_WIDTH, round(seen.area.height * _PANEL_WIDTH / seen.area.width))
+    size = viz.fitted(canvas.size, _PANEL_WIDTH)
     return np.asarray(canvas.resize(size, Image.Resampling.BICUBIC))
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from fsa import tiny, viz
 from fsa.metrics import confusion, mean_iou
-from fsa.result import make_directory, write_whole
+from fsa.result import make_room_for_png, write_whole
 from fsa.segmentor import Segmentor, load_segmentor
 from fsa.tiny.pictographs import UNSEEN_STYLE
 
@@ -31,7 +31,7 @@ def run(out: Path) -> None:
     Raises:
         InputError: the PNG cannot be written.
     """
-    make_directory(out.absolute().parent)
+    make_room_for_png(out)
     scenes = tiny.demo_scenes()
     base = load_segmentor("maskclip", feedback=True)
     runs = [
@@ -45,7 +45,7 @@ def run(out: Path) -> None:
 
     rows = []
     scores: dict[tuple[str, bool], list[tuple[float, float]]] = {}
-    with tqdm(total=len(scenes) * len(runs), unit="run", leave=False) as bar:
+    with tqdm(total=len(scenes) * len(runs), unit="run", leave=False, disable=None) as bar:
         for scene in scenes:
             picture, mask = Image.open(scene.picture).convert("RGB"), _read_mask(scene.mask)
             count = len(scene.classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import textwrap
 from importlib import metadata
 
 import torch
@@ -16,12 +17,12 @@ _PACKAGES = ("triton", "open_clip_torch", "timm", "numpy", "pillow")
 
 
 def report() -> str:
-    """Versions, devices, and which backend runs where and why; one fact a line."""
+    """Versions, devices, and which backend runs where and why."""
     lines = [
-        f"fsa-kernels  {fsa.__version__}",
-        f"Python       {platform.python_version()} on {platform.system()} {platform.machine()}",
-        f"torch        {torch.__version__}, {torch.get_num_threads()} CPU threads",
-        *(f"{name:<12} {_version(name)}" for name in _PACKAGES),
+        _fact("fsa-kernels", fsa.__version__),
+        _fact("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        _fact("torch", f"{torch.__version__}, {torch.get_num_threads()} CPU threads"),
+        *(_fact(name, _version(name)) for name in _PACKAGES),
         "",
     ]
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
@@ -29,23 +30,36 @@ def report() -> str:
         if device != "cpu":
             major, minor = torch.cuda.get_device_capability(device)
             name = torch.cuda.get_device_name(device)
-            lines.append(f"{device:<12} {name}, compute capability {major}.{minor}")
+            lines.append(_fact(device, f"{name}, compute capability {major}.{minor}"))
         dtype = torch.float32 if device == "cpu" else torch.float16
-        lines.append(f"{device:<12} auto runs {fsa.explain(device=device, dtype=dtype)}")
+        lines.append(_fact(device, f"auto runs {fsa.explain(device=device, dtype=dtype)}"))
         try:
             fsa.explain(device=device, dtype=dtype, backend="triton")
         except InputError as error:
-            lines.append(f"{'':<12} {error}")
+            lines.append(_fact("", str(error)))
     try:
         state = "as shipped" if tiny.checksum_holds() else "DAMAGED: reinstall fsa-kernels"
     except OSError:
         state = "MISSING: reinstall fsa-kernels"
     lines += [
         "",
-        f"tiny         embedded model, {state}",
-        f"downloads    {os.environ.get('HF_HOME', '~/.cache/huggingface')}",
+        _fact("tiny", f"embedded model, {state}"),
+        _fact("downloads", os.environ.get("HF_HOME", "~/.cache/huggingface")),
     ]
     return "\n".join(lines)
+
+
+def _fact(name: str, value: str) -> str:
+    """A name and its value beside it, in lines that fit into a terminal."""
+    column = " " * 17
+    return textwrap.fill(
+        value,
+        width=80,
+        initial_indent=f"{name:<16} ",
+        subsequent_indent=column,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _version(package: str) -> str:

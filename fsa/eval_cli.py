@@ -26,7 +26,6 @@ data = typer.Typer(no_args_is_help=True, help="Benchmarks on disk: what is missi
 
 _WINDOW_BATCH_CPU = 8
 _WINDOW_BATCH_GPU = 64
-_DEFAULT_HOST = "clearclip"
 
 
 class OnError(str, Enum):
@@ -34,14 +33,6 @@ class OnError(str, Enum):
 
     stop = "stop"
     skip = "skip"
-
-
-class Backend(str, Enum):
-    """The backends of the ops."""
-
-    auto = "auto"
-    triton = "triton"
-    torch = "torch"
 
 
 def register(app: typer.Typer) -> None:
@@ -56,10 +47,11 @@ def evaluate(
     ] = "",
     root: Annotated[Path | None, typer.Option(help="Where the dataset lies.")] = None,
     list_cells: Annotated[
-        bool, typer.Option("--list", help="The presets, and the paper's cells with commands.")
+        bool, typer.Option("--list", help="Print the presets and the paper's cells with commands.")
     ] = False,
     host: Annotated[
-        str | None, typer.Option(help=f"The segmentor; default {_DEFAULT_HOST}.")
+        cli_options.HostName | None,
+        typer.Option(help=f"The segmentor; default {cli_options.DEFAULT_HOST.value}."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help='"tiny" (embedded, the default), or an open_clip name.')
@@ -72,24 +64,36 @@ def evaluate(
         str | None,
         typer.Option(help="proxyclip, sclip, clearclip or tiny; default the host's own."),
     ] = None,
-    short_side: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
-    window: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Instead of the preset's.")] = None,
-    prob_thd: Annotated[float | None, typer.Option(help="Instead of the preset's.")] = None,
-    area_thd: Annotated[float | None, typer.Option(help="Instead of the preset's.")] = None,
+    short_side: Annotated[
+        int | None, typer.Option(help="Of resized pictures in pixels, instead of the preset's.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Its side in pixels, instead of the preset's.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Of the window in pixels, instead of the preset's.")
+    ] = None,
+    prob_thd: Annotated[
+        float | None,
+        typer.Option(help="Below it pixels become background, instead of the preset's."),
+    ] = None,
+    area_thd: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the foreground up to which a class is given up, instead of the preset's."
+        ),
+    ] = None,
     logit_scale: Annotated[
-        float | None, typer.Option(help="Of the merged cosines, instead of the preset's.")
+        float | None, typer.Option(help="Factor of the merged cosines, instead of the preset's.")
     ] = None,
     antialias: Annotated[
         bool | None,
         typer.Option("--antialias/--no-antialias", help="Smooth when shrinking pictures."),
     ] = None,
-    beta: Annotated[float | None, typer.Option(help="Sharpness of FSA's scaling.")] = None,
-    confidence: Annotated[
-        float | None, typer.Option(help="p, the cumulative confidence that FSA keeps.")
-    ] = None,
+    beta: cli_options.Beta = None,
+    confidence: cli_options.Confidence = None,
     feedback_logit_scale: Annotated[
-        float | None, typer.Option(help="Of the cosines that FSA compares patches by.")
+        float | None, typer.Option(help="Factor of the cosines that FSA compares patches by.")
     ] = None,
     uniform_logit_scale: Annotated[
         float | None, typer.Option(help="The same under uniform attention.")
@@ -101,10 +105,15 @@ def evaluate(
         list[int] | None, typer.Option(help="For a folder: a mask value that is not counted.")
     ] = None,
     sweep: Annotated[
-        str, typer.Option(help="Ablations: scaling,pruning,isolation,adaptations,similarity,...")
+        str,
+        typer.Option(
+            help="Ablations to run, separated by commas: scaling, pruning, isolation, adaptations, "
+            "similarity, confidence, beta."
+        ),
     ] = "",
     on_error: Annotated[
-        OnError, typer.Option(help="What a file that cannot be used does.")
+        OnError,
+        typer.Option(help="A file that cannot be used stops the run, or is skipped and named."),
     ] = OnError.stop,
     workers: Annotated[int, typer.Option(help="Processes that decode pictures.")] = 2,
     window_batch: Annotated[
@@ -119,7 +128,7 @@ def evaluate(
     ] = None,
     device: cli_options.Device = None,
     dtype: cli_options.Dtype = None,
-    backend: Annotated[Backend, typer.Option(help="Of the ops.")] = Backend.auto,
+    backend: cli_options.Backend = cli_options.BackendName.auto,
     out: Annotated[
         Path | None, typer.Option(help="Directory of the results; default fsa-eval/...")
     ] = None,
@@ -128,26 +137,26 @@ def evaluate(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress; only the mIoU.")] = False,
 ) -> None:
-    """Measure mIoU on a benchmark or on any folder of pictures with masks.
+    """Measure mIoU on a benchmark or a folder of pictures with masks.
 
     Killed and started again with the same command it goes on where it was. Under torchrun the
     pictures are shared out: torchrun --nproc-per-node 8 -m fsa eval ...
     """
     if list_cells:
-        typer.echo(_listing(dataset, host, model))
+        typer.echo(_listing(dataset, host.value if host else None, model))
         return
     if not dataset or root is None:
         raise InputError(
             "name a dataset and where it lies: fsa eval voc21 --root DIR, or fsa eval folder "
             "--root DIR for images/, masks/ and classes.txt"
         )
-    host = host or _DEFAULT_HOST
+    host_name = (host or cli_options.DEFAULT_HOST).value
     model = model or "tiny"
 
     # What can be wrong is found before the models are loaded.
     from fsa.evaluation import protocol
 
-    settings = protocol.preset(preset or protocol.family_of(host, model), dataset).override(
+    settings = protocol.preset(preset or protocol.family_of(host_name, model), dataset).override(
         short_side=short_side,
         window=window,
         stride=stride,
@@ -167,6 +176,7 @@ def evaluate(
         ignore=ignore or (),
     )
     from fsa.evaluation import processes
+    from fsa.segmentor import load_segmentor
 
     feedback_changes = {
         "beta": beta,
@@ -176,18 +186,18 @@ def evaluate(
     }
     try:
         group = processes.start()
-        segmentor = _segmentor(
-            host,
+        segmentor = load_segmentor(
+            host_name,
             model,
             pretrained,
             vfm,
-            feedback,
+            feedback=feedback,
             device=processes.own_device(device),
             dtype=dtype,
             backend=backend.value,
             vfm_pretrained=vfm_pretrained,
-            changes={name: value for name, value in feedback_changes.items() if value is not None},
         )
+        segmentor = cli_options.with_changes(segmentor, feedback_changes)
         on_gpu = segmentor.loaded.device.type == "cuda"
         options = {
             "window_batch": window_batch or (_WINDOW_BATCH_GPU if on_gpu else _WINDOW_BATCH_CPU),
@@ -200,10 +210,10 @@ def evaluate(
         }
         first = group.rank == 0
         if sweep:
-            folder = out or _folder(opened, host, model, vfm, "sweep")
+            folder = out or _folder(opened, host_name, model, vfm, "sweep")
             _sweep(sweep, segmentor, opened, settings, folder, options, first)
         else:
-            folder = out or _folder(opened, host, model, vfm, "fsa" if feedback else "host")
+            folder = out or _folder(opened, host_name, model, vfm, "fsa" if feedback else "host")
             _once(segmentor, opened, settings, folder, options, first)
     finally:
         processes.stop()
@@ -211,7 +221,7 @@ def evaluate(
 
 @data.command("list")
 def list_datasets() -> None:
-    """The benchmarks, where they come from, and where their files are looked for."""
+    """The benchmarks, their sources, and where files are looked for."""
     from fsa.evaluation import datasets
 
     for name, layout in datasets.LAYOUTS.items():
@@ -258,7 +268,7 @@ def convert(
         int | None, typer.Option(help="Processes; default as many as there are cores.")
     ] = None,
 ) -> None:
-    """Renumber the masks of a benchmark's validation split as it counts them."""
+    """Renumber a benchmark's validation masks as it counts them."""
     from tqdm import tqdm
 
     from fsa.evaluation import convert
@@ -270,26 +280,6 @@ def convert(
         progress=lambda results, total: tqdm(results, total=total, unit="mask", file=sys.stderr),
     )
     typer.echo(f"{written} masks written")
-
-
-def _segmentor(
-    host: str,
-    model: str,
-    pretrained: str | None,
-    vfm: str | None,
-    feedback: bool,
-    changes: dict[str, float],
-    **options: Any,
-) -> Segmentor:
-    from fsa.segmentor import load_segmentor
-
-    segmentor = load_segmentor(host, model, pretrained, vfm, feedback=feedback, **options)
-    if not changes:
-        return segmentor
-    if segmentor.config is None:
-        names = ", ".join(sorted(changes))
-        raise InputError(f"{names} belong to feedback, which --no-feedback turns off")
-    return segmentor.with_feedback(segmentor.config.replace(**changes))
 
 
 def _folder(dataset: Dataset, host: str, model: str, vfm: str | None, kind: str) -> Path:

@@ -66,14 +66,16 @@ def attentions(
     text_features: Tensor,
     *,
     vfm_features: Tensor | None = None,
+    tokens: Tensor | None = None,
     config: FSAConfig,
 ) -> Attentions:
     """Runs a host with feedback and keeps what it attended to.
 
     Args:
-        host, images, text_features, vfm_features, config: as in `Host.features`.
+        host, images, text_features, vfm_features, tokens, config: as in `Host.features`.
     """
-    tokens = host.tower.trunk(images)
+    if tokens is None:
+        tokens = host.tower.trunk(images)
     attention = host.attention(tokens, images, vfm_features, config)
     tail = partial(host.tail, tokens)
     seen: list[tuple[Tensor, Tensor | None]] = []

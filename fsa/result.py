@@ -114,8 +114,21 @@ def make_directory(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except FileExistsError:
+        raise InputError(f"{folder}: cannot write there (not a directory)") from None
     except OSError as error:
         raise InputError(f"{folder}: cannot write there ({error.strerror})") from None
+
+
+def make_room_for_png(file: Path) -> None:
+    """Makes the directory of a PNG that is to be written later.
+
+    Raises:
+        InputError: as `make_directory`; a name that is no PNG's.
+    """
+    if file.suffix.lower() != ".png":
+        raise InputError(f"{str(file)!r} is no name for the figure, a PNG: it must end in .png")
+    make_directory(file.absolute().parent)
 
 
 def write_whole(file: Path, write: Callable[[BinaryIO], Any]) -> None:

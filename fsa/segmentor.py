@@ -21,7 +21,7 @@ from fsa.images import Picture, read_image
 from fsa.inspection import PatchAttentions, attentions
 from fsa.models import TINY, LoadedModel, load_model
 from fsa.result import Segmentation
-from fsa.text import Classes, TextEncoder, TextQueries, parse_classes
+from fsa.text import Classes, TextEncoder, TextQueries, checked_name, parse_classes
 from fsa.transformers_models import from_transformers
 from fsa.vfm import LAYER, VFM, load_vfm
 
@@ -213,6 +213,26 @@ class Segmentor:
             cuda_graph=self.graphs is not None,
         )
 
+    def check(
+        self,
+        classes: Classes,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        short_side: int | None = None,
+        prob_thd: float = 0.0,
+        background: str | int | None = None,
+        window_batch: int = 8,
+    ) -> None:
+        """Looks at arguments of `segment` without a picture.
+
+        Raises:
+            InputError: those that `segment` accepts with no picture.
+        """
+        self._sizes(window, stride, short_side)
+        _check_window_batch(window_batch)
+        _background(parse_classes(classes), prob_thd, background)
+
     def segment(
         self,
         image: Any,
@@ -249,8 +269,7 @@ class Segmentor:
         """
         start = time.perf_counter()
         sizes = self._sizes(window, stride, short_side)
-        if isinstance(window_batch, bool) or not isinstance(window_batch, int) or window_batch < 1:
-            raise InputError(f"window_batch={window_batch!r} must be an integer >= 1")
+        _check_window_batch(window_batch)
         picture = read_image(image)
         names, background_index = _background(parse_classes(classes), prob_thd, background)
         queries = self._text.encode(classes)
@@ -332,12 +351,13 @@ class Segmentor:
 
         queries = self._text.encode(classes)
         padded, (top, left) = self._padded(working[(slice(None), *part.slices)][None])
-        vfm_features = self.vfm(padded) if self.vfm else None
+        vfm_features, tokens = self._vfm_features(padded)
         seen = attentions(
             self.host,
             padded,
             queries.features,
             vfm_features=vfm_features,
+            tokens=tokens,
             config=self.config,
         )
         grid = self.host.grid(*padded.shape[-2:], vfm_features)
@@ -423,9 +443,9 @@ class Segmentor:
         Raises:
             InputError: as `Host.features`.
         """
-        vfm_features = self.vfm(windows) if self.vfm else None
+        vfm_features, tokens = self._vfm_features(windows)
         features = self.host.features(
-            windows, text_features, vfm_features=vfm_features, config=self.config
+            windows, text_features, vfm_features=vfm_features, tokens=tokens, config=self.config
         )
         unit = functional.normalize(features.float(), dim=-1)
         grid = self.host.grid(*windows.shape[-2:], vfm_features)
@@ -456,6 +476,10 @@ class Segmentor:
         for maps in cosines.split(1):
             maps = functional.interpolate(maps, size=padded.shape[-2:], mode="bilinear")
             yield maps[0, :, top : top + height, left : left + width]
+
+    def _vfm_features(self, windows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """What the vfm makes of windows, and CLIP's tokens where they come with it."""
+        return self.vfm.with_trunk(windows, self.host.tower) if self.vfm else (None, None)
 
     def _padded(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Windows padded to whole patches, in the model's type, and where they begin in that."""
@@ -499,6 +523,11 @@ def _resolve_feedback(feedback: bool | FSAConfig, vfm: VFM | None, model: str) -
     return FSAConfig.preset(vfm=vfm.name if vfm else None, model=model) if feedback else None
 
 
+def _check_window_batch(window_batch: int) -> None:
+    if isinstance(window_batch, bool) or not isinstance(window_batch, int) or window_batch < 1:
+        raise InputError(f"window_batch={window_batch!r} must be an integer >= 1")
+
+
 def _background(
     classes: tuple[tuple[str, ...], ...], prob_thd: float, background: str | int | None
 ) -> tuple[tuple[str, ...], int | None]:
@@ -517,7 +546,7 @@ def _background(
             )
         index = background
     elif background is None or (isinstance(background, str) and background.strip()):
-        name = " ".join((background or _BACKGROUND).split())
+        name = checked_name(background or _BACKGROUND, "background")
         known = {
             synonym.casefold(): number
             for number, synonyms in enumerate(classes)

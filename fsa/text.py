@@ -77,7 +77,7 @@ def parse_classes(classes: Classes, *, allow_repeats: bool = False) -> tuple[tup
         synonyms = tuple(entry) if isinstance(entry, (list, tuple)) else (entry,)
         if not synonyms:
             raise InputError("classes holds a class without a name")
-        synonyms = tuple(_checked_name(name) for name in synonyms)
+        synonyms = tuple(checked_name(name, "classes") for name in synonyms)
         for name in synonyms:
             if name.casefold() in seen and not allow_repeats:
                 raise InputError(f"classes names {name!r} twice")
@@ -88,19 +88,28 @@ def parse_classes(classes: Classes, *, allow_repeats: bool = False) -> tuple[tup
     return tuple(parsed)
 
 
-def _checked_name(name: Any) -> str:
+def checked_name(name: Any, argument: str) -> str:
+    """A class's name with single white space.
+
+    Args:
+        name: what came.
+        argument: where it came, for messages.
+
+    Raises:
+        InputError: no name, one with control characters, or one of more than 1000 characters.
+    """
     if not isinstance(name, str) or not name.strip():
-        raise InputError(f"classes holds {name!r}, which is not a name")
+        raise InputError(f"{argument} holds {name!r}, which is not a name")
     if len(name) > MAX_NAME_LENGTH:
         raise InputError(
-            f"classes holds a name of {len(name)} characters, which begins {name[:30]!r}: at most "
-            f"{MAX_NAME_LENGTH} are accepted"
+            f"{argument} holds a name of {len(name)} characters, which begins {name[:30]!r}: at "
+            f"most {MAX_NAME_LENGTH} are accepted"
         )
     name = " ".join(name.split())
     if not name.isprintable() and any(
         unicodedata.category(character) in _NOT_IN_NAMES for character in name
     ):
-        raise InputError(f"classes holds {name!r}, which has control characters in it")
+        raise InputError(f"{argument} holds {name!r}, which has control characters in it")
     return name
 
 

@@ -137,9 +137,8 @@ class _TransformersTower(Tower):
         tokens = tokens + branch
         return tokens + self.last.mlp(self.last.layer_norm2(tokens))
 
-    def _run_blocks(self, images: Tensor, count: int) -> Tensor:
-        tokens = self._tokens(images)
-        for layer in self.visual.encoder.layers[:count]:
+    def _run_blocks(self, tokens: Tensor, blocks: slice) -> Tensor:
+        for layer in self.visual.encoder.layers[blocks]:
             tokens = layer(tokens, attention_mask=None)
         return tokens
 

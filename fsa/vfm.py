@@ -64,6 +64,10 @@ class VFM(ABC):
     def __call__(self, images: Tensor) -> Tensor:
         """Pictures (B,3,H,W), normalised with CLIP's statistics -> features (B,F,gh,gw)."""
 
+    def with_trunk(self, images: Tensor, tower: Tower) -> tuple[Tensor, Tensor | None]:
+        """The features, and `tower.trunk(images)` where that is made on the way, else None."""
+        return self(images), None
+
 
 def load_vfm(
     vfm: str | Callable[[Tensor], Tensor],
@@ -163,6 +167,12 @@ class _LayerVFM(VFM):
 
     def __call__(self, images: Tensor) -> Tensor:
         return self._tower.layer_features(images, self._layer)
+
+    def with_trunk(self, images: Tensor, tower: Tower) -> tuple[Tensor, Tensor | None]:
+        # A vfm can be passed on to a segmentor of another model.
+        if tower.visual is not self._tower.visual:
+            return self(images), None
+        return self._tower.layer_and_trunk(images, self._layer)
 
 
 class _CallableVFM(VFM):

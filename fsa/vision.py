@@ -78,22 +78,43 @@ class Tower(nn.Module):
         return height // patch_height, width // patch_width
 
     def trunk(self, images: Tensor) -> Tensor:
-        """All blocks but the last: images (B,3,H,W) -> tokens (B,1+N,D), the class token first."""
-        return self._run_blocks(images, self.layers - 1)
+        """All blocks but the last: images (B,3,H,W) -> tokens (B,1+N,D), the class token first.
+
+        Raises:
+            InputError: a size that is not a positive multiple of the patch size.
+        """
+        return self._run_blocks(self._tokens(images), slice(self.layers - 1))
 
     def layer_features(self, images: Tensor, layer: int) -> Tensor:
         """The patch tokens that enter block `layer`: images (B,3,H,W) -> (B,D,gh,gw).
 
         Raises:
-            InputError: a layer the tower does not have.
+            InputError: a layer the tower does not have, or as `trunk`.
         """
-        if not 0 <= layer < self.layers:
-            raise InputError(
-                f"layer={layer} is not accepted: the tower has blocks 0 to {self.layers - 1}"
-            )
+        self._require_layer(layer)
+        entering = self._run_blocks(self._tokens(images), slice(layer))
+        return self._patch_map(entering, images)
+
+    def layer_and_trunk(self, images: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """`layer_features` and `trunk` of the same images, with every block run once.
+
+        Raises:
+            InputError: as `layer_features`.
+        """
+        self._require_layer(layer)
+        entering = self._run_blocks(self._tokens(images), slice(layer))
+        tokens = self._run_blocks(entering, slice(layer, self.layers - 1))
+        return self._patch_map(entering, images), tokens
+
+    def check_tokens(self, tokens: Tensor, images: Tensor) -> None:
+        """Raises InputError for tokens that are not shaped as `trunk` makes them of the images."""
         rows, columns = self.grid(*images.shape[-2:])
-        tokens = self._run_blocks(images, layer)[:, self.prefix_tokens :]
-        return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+        expected = (images.shape[0], self.prefix_tokens + rows * columns, self.width)
+        if tuple(tokens.shape) != expected:
+            raise InputError(
+                f"tokens must have shape {expected}, as the tower's trunk makes them of these "
+                f"images; they have {tuple(tokens.shape)}"
+            )
 
     def project(self, tokens: Tensor, names: str) -> dict[str, Tensor]:
         """Queries, keys and values of the last block.
@@ -137,13 +158,24 @@ class Tower(nn.Module):
         """Into the space shared with text: (B,N,D) -> (B,N,E), not normalised."""
         return self.visual.ln_post(tokens) @ self.visual.proj
 
-    def _run_blocks(self, images: Tensor, count: int) -> Tensor:
-        tokens = self._tokens(images)
+    def _require_layer(self, layer: int) -> None:
+        if not 0 <= layer < self.layers:
+            raise InputError(
+                f"layer={layer} is not accepted: the tower has blocks 0 to {self.layers - 1}"
+            )
+
+    def _patch_map(self, tokens: Tensor, images: Tensor) -> Tensor:
+        """The patches of tokens (B,1+N,D) on the grid of their images: (B,D,gh,gw)."""
+        patches = tokens[:, self.prefix_tokens :]
+        return patches.transpose(1, 2).unflatten(2, self.grid(*images.shape[-2:]))
+
+    def _run_blocks(self, tokens: Tensor, blocks: slice) -> Tensor:
+        """Some of the blocks, as they follow one another, on tokens (B,1+N,D)."""
         transformer = self.visual.transformer
         batch_first = getattr(transformer, "batch_first", False)
         if not batch_first:
             tokens = tokens.transpose(0, 1)
-        for block in transformer.resblocks[:count]:
+        for block in transformer.resblocks[blocks]:
             tokens = block(tokens)
         return tokens if batch_first else tokens.transpose(0, 1)
 

@@ -39,10 +39,13 @@ _BORDER_LIGHT = 0.35
 # Lower pictures get a canvas of this height, or the legend would run far to their right.
 _LEGEND_HEIGHT = 360
 _LONGEST_LEGEND_NAME = 40
+_TALLEST_PANEL = 4
 # Pillow's own font may hold nothing beyond Latin. Looked for where the system keeps its fonts.
 _FONT_FILES = (
     "DejaVuSans.ttf",
     "NotoSans-Regular.ttf",
+    "NotoSansArabic-Regular.ttf",
+    "NotoSansHebrew-Regular.ttf",
     "NotoSansCJK-Regular.ttc",
     "NotoSansDevanagari-Regular.ttf",
     "NotoSansThai-Regular.ttf",
@@ -53,6 +56,7 @@ _FONT_FILES = (
     "malgun.ttf",
     "Nirmala.ttf",
 )
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 # No character, so every font draws its sign for what is missing.
 _MISSING = "\uffff"
 
@@ -135,57 +139,92 @@ def overlay(
 
 
 def beside_legend(picture: Image.Image, labels: np.ndarray, names: Sequence[str]) -> Image.Image:
-    """A picture with a legend to its right: the classes in `labels`, largest first.
+    """A picture with a legend to its right: the classes in `labels` and their shares of it.
 
-    A name that no font at hand can write stands as "class 3", its number.
+    The largest comes first. A name that no font at hand can write stands as "class 3", its number
+    in the labels, followed by what can be written of it.
     """
     counts = np.bincount(labels[labels >= 0].ravel(), minlength=len(names))[: len(names)]
-    order = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i] > 0]
     size = int(np.clip(min(picture.size) / 22, 12, 40))
-    lines = []
-    for i in order:
-        name, font = _legible(names[i], f"class {i}", size)
-        lines.append((f"{name}  {_percent(counts[i] / labels.size)}", font))
     row = round(size * 1.5)
+    colours = palette(len(names)).tolist()
+    lines = [
+        _Line(*_legible(names[i], f"class {i}", size), percent(counts[i] / labels.size), colours[i])
+        for i in np.argsort(-counts, kind="stable")
+        if counts[i] > 0
+    ]
     per_column = max(1, (max(picture.height, _LEGEND_HEIGHT) - 2 * _GAP) // row)
     columns = [lines[start : start + per_column] for start in range(0, len(lines), per_column)]
     height = max(picture.height, min(len(lines), per_column) * row + 2 * _GAP)
-    widths = [max(font.getlength(line) for line, font in column) + 2.2 * row for column in columns]
+    share_font = _fonts(size)[0]
+    share_width = max((share_font.getlength(line.share) for line in lines), default=0)
+    # From a square's left to its share's right: square, widest name, gap, widest share.
+    widths = [
+        round(row + max(line.font.getlength(line.name) for line in column) + size + share_width)
+        for column in columns
+    ]
 
-    width = picture.width + (round(sum(widths)) + _GAP if columns else 0)
+    width = picture.width + (sum(widths) + len(widths) * row + _GAP if columns else 0)
     canvas = Image.new("RGB", (width, height), _PAPER)
     canvas.paste(picture)
     draw = ImageDraw.Draw(canvas)
-    colours = palette(len(names))
     left = picture.width + _GAP
-    for number, column in enumerate(columns):
-        for position, (line, font) in enumerate(column):
+    for column, column_width in zip(columns, widths, strict=True):
+        for position, line in enumerate(column):
             top = _GAP + position * row
-            colour = tuple(int(c) for c in colours[order[number * per_column + position]])
-            draw.rectangle((left, top, left + size, top + size), fill=colour, outline=_INK)
-            anchor = (left + size + size // 2, top + size // 2)
-            draw.text(anchor, line, font=font, fill=_INK, anchor="lm")
-        left += round(widths[number])
+            middle = top + size // 2
+            box = (left, top, left + size, top + size)
+            draw.rectangle(box, fill=tuple(line.colour), outline=_INK)
+            # Two texts: in one, a name that is written from right to left swaps places with it.
+            draw.text((left + row, middle), line.name, font=line.font, fill=_INK, anchor="lm")
+            right = (left + column_width, middle)
+            draw.text(right, line.share, font=share_font, fill=_INK, anchor="rm")
+        left += column_width + row
     return canvas
 
 
-def _legible(
-    name: str, otherwise: str, size: int
-) -> tuple[str, ImageFont.FreeTypeFont | ImageFont.ImageFont]:
-    """A name, shortened, if need be without accents, in a font that has it; else the other name."""
-    if len(name) > _LONGEST_LEGEND_NAME:
-        name = name[: _LONGEST_LEGEND_NAME - 1].rstrip() + "…"
+@dataclass(frozen=True)
+class _Line:
+    """A class in the legend of an overlay."""
+
+    name: str
+    font: _Font
+    share: str
+    colour: Sequence[int]
+
+
+def shortened(name: str) -> str:
+    """A name, or the beginning of a long one."""
+    if len(name) <= _LONGEST_LEGEND_NAME:
+        return name
+    return name[: _LONGEST_LEGEND_NAME - 1].rstrip() + "…"
+
+
+def legible(name: str, number: int) -> str:
+    """A class's name as a legend writes it: if need be shortened, or "class 3", its number."""
+    # What letters a font has does not depend on its size.
+    return _legible(name, f"class {number}", 12)[0]
+
+
+def _legible(name: str, otherwise: str, size: int) -> tuple[str, _Font]:
+    """A name, shortened, if need be without accents, in a font that has it; else the other name.
+
+    The other name is followed by what the first font has of the name, if there is a letter.
+    """
+    name = shortened(name)
     decomposed = unicodedata.normalize("NFKD", name)
     unaccented = "".join(letter for letter in decomposed if not unicodedata.combining(letter))
     for spelling in (name, unaccented):
         for font in _fonts(size):
             if not _missing(spelling, font):
                 return spelling, font
-    return otherwise, _fonts(size)[0]
+    first = _fonts(size)[0]
+    rest = " ".join("".join(" " if _missing(c, first) else c for c in unaccented).split())
+    return (f"{otherwise}: {rest}" if any(map(str.isalpha, rest)) else otherwise), first
 
 
 @lru_cache(maxsize=64)
-def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, ...]:
+def _fonts(size: int) -> tuple[_Font, ...]:
     """Pillow's own font and those of the system that are there, in one size."""
     found = [ImageFont.load_default(size)]
     for file in _FONT_FILES:
@@ -195,7 +234,7 @@ def _fonts(size: int) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, ...
     return tuple(found)
 
 
-def _missing(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> bool:
+def _missing(name: str, font: _Font) -> bool:
     """Whether a font lacks a character of a name."""
     if not isinstance(font, ImageFont.FreeTypeFont):
         return not name.isascii()
@@ -266,11 +305,23 @@ def outlined(
     left, top, right, bottom = (round(side) for side in box)
     for inset, colour in ((-width, _INK), (0, _PAPER), (width, _INK)):
         lines = (left + inset, top + inset, right - inset, bottom - inset)
-        draw.rectangle(lines, outline=colour, width=width)
+        # The inner lines of a box that is smaller than they are wide have no room.
+        if lines[0] <= lines[2] and lines[1] <= lines[3]:
+            draw.rectangle(lines, outline=colour, width=width)
     return copy
 
 
-def _percent(share: float) -> str:
+def fitted(size: tuple[int, int], width: int) -> tuple[int, int]:
+    """The size in pixels, (width, height), at which a picture of any shape is shown in a panel.
+
+    As wide as the panel, but at most four times as high, and at least one pixel.
+    """
+    scale = min(width / size[0], _TALLEST_PANEL * width / size[1])
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
+def percent(share: float) -> str:
+    """A share of a picture in whole percents: "12%", and "<1%" for what is there and is less."""
     return f"{share:.0%}" if share >= 0.01 else "<1%"
 
 
@@ -294,11 +345,11 @@ def grid(
     """Panels in rows and columns on white.
 
     Args:
-        rows: panels; the pictures of a row are scaled to the same width.
+        rows: panels; their pictures are scaled to the same width, very high ones to a smaller one.
         titles: over the columns.
         heading: over all.
         panel_width: of every picture, in pixels.
-        legends: for each row, names and colours written under it.
+        legends: for each row, names and colours written under it; of classes, `legible` names.
         labels: for each row, what it is, written upwards to its left.
     """
     font = ImageFont.load_default(max(13, panel_width // 17))
@@ -307,8 +358,7 @@ def grid(
     scaled = [
         [
             panel.picture.convert("RGB").resize(
-                (panel_width, round(panel.picture.height * panel_width / panel.picture.width)),
-                Image.Resampling.LANCZOS,
+                fitted(panel.picture.size, panel_width), Image.Resampling.LANCZOS
             )
             for panel in row
         ]
@@ -317,7 +367,7 @@ def grid(
     columns = max(len(row) for row in rows)
     margin = _GAP + (line if labels else 0)
     width = columns * (panel_width + _GAP) + margin
-    legend_rows = [_wrapped(legend, font, width - margin - _GAP) for legend in legends]
+    legend_rows = [_wrapped(legend, font.size, width - margin - _GAP) for legend in legends]
     heights = [max(picture.height for picture in row) for row in scaled]
     header = (round(bold.size * 1.9) if heading else 0) + (line + 4 if titles else 0) + _GAP
     total = header
@@ -344,19 +394,19 @@ def grid(
             canvas.paste(upright.rotate(90, expand=True), (_GAP // 2, top))
         for column, panel in enumerate(row):
             left = margin + column * (panel_width + _GAP)
-            canvas.paste(scaled[number][column], (left, top))
             middle = left + panel_width // 2
+            canvas.paste(scaled[number][column], (middle - scaled[number][column].width // 2, top))
             anchor = (middle, top + heights[number] + line // 2)
             draw.text(anchor, panel.caption, font=font, fill=_INK, anchor="mm")
         top += heights[number] + line + _GAP
         if number < len(legend_rows):
             for entries in legend_rows[number]:
                 left = margin
-                for name, colour, length in entries:
+                for name, name_font, colour, length in entries:
                     box = (left, top, left + font.size, top + font.size)
                     draw.rectangle(box, fill=colour, outline=_INK)
                     anchor = (left + font.size * 1.4, top + font.size // 2)
-                    draw.text(anchor, name, font=font, fill=_INK, anchor="lm")
+                    draw.text(anchor, name, font=name_font, fill=_INK, anchor="lm")
                     left += length
                 top += line
             top += _GAP
@@ -364,18 +414,17 @@ def grid(
 
 
 def _wrapped(
-    legend: Sequence[tuple[str, tuple[int, int, int]]],
-    font: ImageFont.FreeTypeFont,
-    width: float,
-) -> list[list[tuple[str, tuple[int, int, int], float]]]:
-    """Entries of a legend with their lengths, broken into lines."""
-    lines: list[list[tuple[str, tuple[int, int, int], float]]] = [[]]
+    legend: Sequence[tuple[str, tuple[int, int, int]]], size: int, width: float
+) -> list[list[tuple[str, _Font, tuple[int, int, int], float]]]:
+    """Entries of a legend with their fonts and lengths, broken into lines."""
+    lines: list[list[tuple[str, _Font, tuple[int, int, int], float]]] = [[]]
     used = 0.0
-    for name, colour in legend:
-        length = font.getlength(name) + font.size * 2.6
+    for text, colour in legend:
+        name, font = _legible(text, text, size)
+        length = font.getlength(name) + size * 2.6
         if lines[-1] and used + length > width:
             lines.append([])
             used = 0.0
-        lines[-1].append((name, colour, length))
+        lines[-1].append((name, font, colour, length))
         used += length
     return lines

@@ -27,6 +27,24 @@ settings.load_profile("repeatable")
 
 
 @pytest.fixture
+def count_calls():
+    """Of a list of modules, the numbers of those that are called from now on, in a list."""
+    hooks = []
+
+    def count(modules):
+        calls = []
+        hooks.extend(
+            module.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+            for number, module in enumerate(modules)
+        )
+        return calls
+
+    yield count
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.fixture
 def run(monkeypatch, capsys):
     """Runs the command in this process: (exit code, stdout, stderr)."""
     from fsa import cli

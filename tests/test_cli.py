@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fsa
-from fsa import cli, hosts, ops, tiny
+from fsa import cli, cli_options, hosts, ops, segmentor, tiny
 
 SMALL = ["--short-side", "64", "--window", "48", "--stride", "24"]
 
@@ -119,6 +121,8 @@ def test_one_bad_picture_does_not_stop_the_others(run, picture, tmp_path):
         (["--classes", "cat", "--device", "cuda:77"], "is not there"),
         (["--classes", "cat", "--beta", "nan"], "beta=nan"),
         (["--classes", "cat", "--confidence", "2"], "confidence=2.0"),
+        (["--classes", "cat", "--prob-thd", "2"], "prob_thd=2.0"),
+        (["--classes", "cat", "--prob-thd", "0.5", "--background", " "], "background=' '"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_1(options, message, run, picture, tmp_path):
@@ -136,28 +140,107 @@ def test_paths_that_cannot_be_used_are_one_line(run, picture, tmp_path):
     taken = tmp_path / "taken"
     taken.write_text("")
     code, _, stderr = run("segment", picture, *classes, "--out", taken)
-    assert (code, "taken: cannot write there" in stderr) == (1, True)
+    assert (code, "taken: cannot write there (not a directory)" in stderr) == (1, True)
     code, _, stderr = run("demo", "--out", taken / "x.png")
     assert (code, "taken: cannot write there" in stderr) == (1, True)
 
 
-def test_a_picture_with_all_options_wrong_fails_alone(run, picture, tmp_path):
-    code, _, stderr = run(
-        "segment", picture, "--classes", "cat", "--out", tmp_path / "out", "--window", "3"
+@pytest.mark.parametrize("name", ["figure.jpg", "figure", "", "."])
+def test_a_figure_has_the_name_of_a_png(name, run, picture, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in (["demo"], ["compare", picture, "--classes", "cat"]):
+        code, _, stderr = run(*command, "--out", name)
+        assert (code, stderr.endswith("it must end in .png\n")) == (1, True)
+        assert len(stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_names_that_differ_in_case_are_written_apart(run, picture, tmp_path):
+    Image.new("RGB", (40, 60)).save(picture.with_name("CAT.png"))
+    out = tmp_path / "out"
+    assert run("segment", picture.parent, "--classes", "cat", "--out", out, *SMALL)[0] == 0
+    assert sorted(path.name for path in out.glob("*.json")) == ["CAT.json", "cat-2.json"]
+
+
+def test_a_long_name_is_shortened_in_the_summary_and_progress_is_for_terminals(
+    run, picture, tmp_path
+):
+    code, stdout, stderr = run(
+        "segment", picture, "--classes", "x" * 300, "--out", tmp_path / "out", *SMALL
     )
+    assert (code, stderr) == (0, "")
+    assert f"cat.png: {'x' * 39}… 100% -> " in stdout
+
+
+@pytest.mark.parametrize("option", ["--window", "--stride", "--short-side", "--window-batch"])
+def test_options_that_no_picture_takes_are_said_once(option, run, picture, tmp_path):
+    Image.new("RGB", (70, 50)).save(picture.with_name("dog.png"))
+    arguments = [picture.parent, "--classes", "cat", "--out", tmp_path / "out"]
+    code, stdout, stderr = run("segment", *arguments, option, "-1")
+    assert (code, stdout) == (1, "")
+    assert "-1 must be an integer" in stderr
+    assert stderr.startswith("fsa: ")
+    assert len(stderr.splitlines()) == 1
+
+
+def test_a_file_name_does_not_speak_to_the_terminal(run, tmp_path):
+    name = "\x1b[31mred\x07\udcff.png"
+    Image.new("RGB", (70, 50)).save(tmp_path / name)
+    (tmp_path / f"bad {name}").write_bytes(b"no picture")
+    (tmp_path / "café.png").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    code, stdout, stderr = run("segment", tmp_path, "--classes", "cat", "--out", out, *SMALL)
     assert code == 1
-    assert "window=3 must be an integer from 16" in stderr
+    assert "\\x1b[31mred\\x07\\udcff.png: cat 100%" in stdout
+    assert "bad \\x1b[31mred\\x07\\udcff.png: not a picture" in stderr
+    assert "café.png" in stderr
+    stderr = run("segment", tmp_path / f"gone {name}", "--classes", "cat", "--out", out)[2]
+    assert (
+        stderr == f"fsa: {tmp_path}/gone \\x1b[31mred\\x07\\udcff.png: no such file or directory\n"
+    )
+
+
+def test_names_beyond_the_encoding_of_the_output_do_not_stop_it(picture, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "fsa", "segment", picture, "--classes", "猫", *SMALL],
+        capture_output=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(Path.cwd())},
+    )
+    assert result.returncode == 0
+    assert b"cat.png: \\u732b 100%" in result.stdout
 
 
 def test_choices_are_those_of_the_library():
-    assert tuple(host.value for host in cli.HostName) == hosts.names()
-    assert tuple(backend.value for backend in cli.Backend) == ops.BACKENDS
+    assert tuple(host.value for host in cli_options.HostName) == hosts.names()
+    assert tuple(backend.value for backend in cli_options.BackendName) == ops.BACKENDS
+
+
+def test_help_says_the_defaults_of_the_segmentor(run):
+    stdout = " ".join(run("segment", "--help")[1].split())
+    paper, embedded = segmentor._PAPER, segmentor._TINY
+    for of_paper, of_tiny in zip(astuple(paper), astuple(embedded), strict=True):
+        assert f"default {of_paper}, with tiny {of_tiny}." in stdout
+
+
+@pytest.mark.parametrize("command", ["segment", "compare", "eval", "data", "info", "demo"])
+def test_no_option_is_cut_in_the_help_of_a_narrow_terminal(command, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, stdout, _ = run(command, "--help")
+    assert code == 0
+    assert max(map(len, stdout.splitlines())) <= 80
+    assert "…" not in stdout
+    overview = run("--help")[1]
+    line = next(line for line in overview.splitlines() if line.startswith(f"  {command} "))
+    assert line.endswith(".")
+    assert not line.endswith("...")
 
 
 def test_info_says_what_runs_and_why(run):
     code, stdout, _ = run("info")
     assert code == 0
-    assert f"fsa-kernels  {fsa.__version__}" in stdout
+    assert f"fsa-kernels      {fsa.__version__}\n" in stdout
+    assert max(map(len, stdout.splitlines())) <= 80
     assert torch.__version__ in stdout
     assert "auto runs torch: the tensors are on the CPU" in stdout
     assert "embedded model, as shipped" in stdout

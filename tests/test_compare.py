@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fsa import cli, load_segmentor, tiny
-from fsa.compare import parse_patch
+from fsa import compare, load_segmentor, tiny
 from fsa.errors import InputError
 
 SCENE = tiny.demo_scenes()[0]
@@ -22,28 +21,29 @@ def segmentor():
     return load_segmentor("sclip", device="cpu")
 
 
-def compare(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["fsa", "compare", str(SCENE.picture), *map(str, arguments)])
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code or 0
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
 @pytest.mark.parametrize("place", [[], ["--patch", "3, 5"]])
-def test_a_figure_is_written(monkeypatch, capsys, tmp_path, place):
+def test_a_figure_is_written(run, tmp_path, place):
     file = tmp_path / "new" / "compare.png"
     options = ["--host", "proxyclip", "--short-side", "112", "--out", file, *place]
-    code, stdout, _ = compare(monkeypatch, capsys, "--classes", "; ".join(CLASSES), *options)
+    code, stdout, _ = run("compare", SCENE.picture, "--classes", "; ".join(CLASSES), *options)
     assert code == 0
     assert f"patch {'3,5' if place else '3,4'}: " in stdout
     assert f"wrote {file}" in stdout
     with Image.open(file) as figure:
         assert figure.width > 3 * 300
         assert figure.height > 2 * 300
+
+
+@pytest.mark.parametrize("size", [(300, 1), (3000, 2), (1, 1), (2, 90)])
+def test_pictures_of_any_shape_make_a_figure(run, tmp_path, size):
+    picture, file = tmp_path / "thin.png", tmp_path / "compare.png"
+    Image.new("RGB", size, "green").save(picture)
+    options = ["--short-side", "16", "--window", "64", "--stride", "64", "--out", file]
+    code, _, stderr = run("compare", picture, "--classes", "cat; dog", *options)
+    assert (code, stderr) == (0, "")
+    with Image.open(file) as figure:
+        assert figure.width > 3 * 300
+        assert figure.height < 8 * 400
 
 
 @pytest.mark.parametrize(
@@ -53,19 +53,35 @@ def test_a_figure_is_written(monkeypatch, capsys, tmp_path, place):
         (["--patch", "40,0"], "it has rows 0 to 6 and columns 0 to 9"),
     ],
 )
-def test_a_patch_that_is_not_there_is_refused(monkeypatch, capsys, tmp_path, options, message):
+def test_a_patch_that_is_not_there_is_refused(run, tmp_path, options, message):
     file = tmp_path / "compare.png"
     options = ["--short-side", "112", "--out", file, *options]
-    code, _, stderr = compare(monkeypatch, capsys, "--classes", "sand; snow", *options)
+    code, _, stderr = run("compare", SCENE.picture, "--classes", "sand; snow", *options)
     assert code == 1
     assert message in stderr
     assert not file.exists()
 
 
+def test_a_name_that_cannot_be_written_has_its_number_in_the_list(segmentor):
+    result = segmentor.segment(SCENE.picture, ["sand", "\ue000", "snow"], **SIZES)
+    labels = np.ones_like(result.labels)
+    labels[0] = 2
+    result = replace(result, labels=labels)
+    order, names = compare._largest_first(result, result)
+    assert names == ["class 1", "snow"]
+    assert order.tolist() == [2, 0, 1]
+
+
+def test_the_proxy_of_a_figure_comes_from_a_file_too(run, tmp_path):
+    options = ["--host", "proxyclip", "--vfm", "dino", "--vfm-pretrained", tmp_path / "gone.pt"]
+    code, _, stderr = run("compare", SCENE.picture, "--classes", "sand; snow", *options)
+    assert (code, "gone.pt': no such file" in stderr) == (1, True)
+
+
 @pytest.mark.parametrize("text", ["", "a,b", "1,2,3", "-1,2", "1.5,2"])
 def test_a_place_is_two_whole_numbers(text):
     with pytest.raises(InputError, match="ROW,COL"):
-        parse_patch(text)
+        compare.parse_patch(text)
 
 
 @pytest.mark.parametrize("host", ["maskclip", "sclip", "proxyclip"])

@@ -102,7 +102,6 @@ def test_a_benchmark_with_its_own_classes(run, tmp_path):
         (["voc21"], "name a dataset and where it lies"),
         (["voc22", "--root", "."], "dataset 'voc22' is not known"),
         (["voc21", "--root", "nowhere"], "nowhere: no such folder"),
-        (["voc21", "--root", ".", "--host", "clop"], "host 'clop' is not known: clip, maskclip"),
         (["voc21", "--root", ".", "--preset", "mine"], "preset='mine' is not known: proxyclip"),
         (["voc21", "--root", ".", "--window", "0"], "window=0 is not accepted"),
     ],
@@ -118,7 +117,8 @@ def test_mistakes_are_one_line(arguments, message, run, tmp_path, monkeypatch):
 def test_mistakes_that_need_the_model(run, tmp_path):
     root = folder(tmp_path / "data", pictures=1)
     arguments = ["eval", "folder", "--root", root, "--out", tmp_path / "out", *SMALL]
-    assert "belong to feedback" in run(*arguments, "--no-feedback", "--beta", "2")[2]
+    stderr = run(*arguments, "--no-feedback", "--beta", "2")[2]
+    assert "--no-feedback turns feedback off, and with it beta" in stderr
     assert "--no-feedback turns off" in run(*arguments, "--no-feedback", "--sweep", "pruning")[2]
     assert "sweep size is not known: scaling" in run(*arguments, "--sweep", "size")[2]
     write_mask(root / "masks/p0.png", np.full((40, 50), 5, np.uint8))
@@ -218,6 +218,8 @@ def test_presets_are_the_published_ones():
             if preset.prob_thd:
                 assert datasets.LAYOUTS[dataset].background == 0
     assert protocol.family_of("sclip", "tiny") == "tiny"
+    with pytest.raises(InputError, match="host 'clop' is not known: clip, maskclip"):
+        protocol.family_of("clop", "ViT-B-16")
 
 
 def result_of(**changes):

@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import struct
-import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fsa import InputError, cli, tiny, vfm, viz
+from fsa import InputError, tiny, vfm, viz
 from fsa.images import Picture, list_pictures, read_image
 from fsa.models import load_model
 from fsa.result import Segmentation
@@ -323,7 +322,7 @@ def test_a_link_in_the_output_directory_is_replaced_and_not_followed(result, tmp
     }
 
 
-def test_hostile_file_names_stay_inside_through_the_command(tmp_path, monkeypatch, capsys):
+def test_hostile_file_names_stay_inside_through_the_command(run, tmp_path):
     pictures = tmp_path / "in"
     pictures.mkdir()
     picture = Image.new("RGB", (40, 40))
@@ -331,14 +330,8 @@ def test_hostile_file_names_stay_inside_through_the_command(tmp_path, monkeypatc
         picture.save(pictures / name)
     out = tmp_path / "out"
     small = ["--short-side", "32", "--window", "32", "--stride", "32", "--quiet"]
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["fsa", "segment", str(pictures), "--classes", "cat", "--out", str(out), *small],
-    )
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert not stop.value.code, capsys.readouterr().err
+    code, _, stderr = run("segment", pictures, "--classes", "cat", "--out", out, *small)
+    assert code == 0, stderr
     assert len(list(out.glob("*.json"))) == 5
     assert {path.parent for path in tmp_path.rglob("*") if path.is_file()} == {pictures, out}
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import pickle
-from pathlib import Path
 
 import open_clip
 import pytest
@@ -79,28 +77,6 @@ def test_a_checkpoint_of_another_model_is_refused_in_words(state, tmp_path):
     torch.save({"weights": torch.zeros(3)}, file)
     with pytest.raises(InputError, match="does not fit"):
         models.load_model(NAME, str(file))
-
-
-class Malicious:
-    """A pickle that would write a file when opened."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-
-    def __reduce__(self):
-        return (Path.write_text, (self.file, "executed"))
-
-
-@pytest.mark.parametrize("kind", ["pickle", "torch"])
-def test_a_file_with_code_is_refused_and_not_executed(kind, tmp_path):
-    file, trace = tmp_path / "evil.pt", tmp_path / "trace"
-    if kind == "pickle":
-        file.write_bytes(pickle.dumps(Malicious(trace)))
-    else:
-        torch.save({"state_dict": Malicious(trace)}, file)
-    with pytest.raises(InputError, match=r"evil\.pt: this is not a checkpoint that can be read"):
-        models.load_model(NAME, str(file))
-    assert not trace.exists()
 
 
 def test_torchscript_archives_are_refused_in_words(tmp_path):

@@ -7,8 +7,6 @@ small examples, and all properties on each.
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import Phase, assume, given, settings
@@ -19,6 +17,7 @@ import fsa
 import fsa_kernels
 from fsa import FSAConfig, reference
 from tests.accuracy import DECISION_MARGIN, RELATIVE_ERROR, relative_error
+from tests.test_torch_backend import FORMS
 
 ON_GPU = torch.cuda.is_available() and fsa_kernels.available()
 BACKENDS = ["reference", "torch", *(["triton"] if ON_GPU else [])]
@@ -27,13 +26,6 @@ KERNELS_RUN_ON = "cuda" if ON_GPU else "cpu"
 # How far S may be off in float32, for logits of the scales drawn here: 1e-7 of rounding in
 # logarithms of up to 23, summed over classes.
 SIMILARITY_MARGIN = 2e-5
-
-FORMS = [
-    FSAConfig(similarity=similarity, pruning=pruning, scaling=scaling)
-    for similarity, pruning, scaling in itertools.product(
-        ("kl", "cosine"), ("confidence", "ratio", "threshold", None), (True, False)
-    )
-]
 
 
 def attention_of(

@@ -58,6 +58,39 @@ def test_every_host_segments(host, clearclip, picture):
         assert (result.settings["feedback"] is not None) == feedback
 
 
+@pytest.mark.parametrize("feedback", [True, False])
+def test_a_layer_of_clip_as_proxy_runs_no_block_twice(feedback, clearclip, picture, count_calls):
+    proxyclip = clearclip.with_host("proxyclip", vfm="layer:2").with_feedback(feedback)
+    windows = torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    text = proxyclip.encode(CLASSES).features
+    host, vfm = proxyclip.host, proxyclip.vfm
+    separate = host.features(windows, text, vfm_features=vfm(windows), config=proxyclip.config)
+    expected = functional.normalize(separate, dim=-1) @ text.T
+
+    blocks = host.tower.visual.transformer.resblocks
+    calls = count_calls(blocks)
+    cosines = proxyclip.forward(windows, text)
+    assert calls == list(range(len(blocks) - 1))
+    assert torch.equal(cosines.flatten(2).mT, expected)
+    if feedback:
+        calls.clear()
+        proxyclip.attentions_at(picture, CLASSES, (1, 1), **SMALL)
+        assert calls == list(range(len(blocks) - 1))
+
+
+def test_a_layer_of_another_model_is_a_proxy_too(clearclip):
+    proxyclip = clearclip.with_host("proxyclip", vfm="layer:2")
+    other = fsa.load_segmentor(host="proxyclip", vfm=proxyclip.vfm)
+    for parameter in other.host.tower.visual.transformer.resblocks.parameters():
+        parameter.data *= 1.1
+    windows = torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    text = clearclip.encode(CLASSES).features
+    features = proxyclip.vfm(windows)
+    separate = other.host.features(windows, text, vfm_features=features, config=other.config)
+    expected = functional.normalize(separate, dim=-1) @ text.T
+    assert torch.equal(other.forward(windows, text).flatten(2).mT, expected)
+
+
 def test_feedback_changes_the_result(clearclip, picture):
     with_feedback = clearclip.segment(picture, CLASSES, **SMALL).scores
     without = clearclip.with_feedback(False).segment(picture, CLASSES, **SMALL).scores
@@ -264,6 +297,7 @@ def test_progress_is_told(clearclip, picture):
         ({"background": 3}, "background=3 is not the number of a class"),
         ({"background": 1.5}, "background=1.5"),
         ({"background": ""}, "background=''"),
+        ({"background": "\x1b[31mred"}, "background holds .* control characters"),
         ({"window_batch": 0}, "window_batch=0"),
     ],
 )

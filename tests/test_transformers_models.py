@@ -159,6 +159,19 @@ def test_every_host_runs_with_feedback(family, name, dtype):
     assert relative_error(features, plain) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_a_layer_and_the_trunk_run_every_block_once(family, count_calls):
+    model = random_clip(torch.float64) if family == "clip" else random_siglip(torch.float64)
+    tower = CLIPTower(model) if family == "clip" else SiglipTower(model)
+    images, _ = inputs(24, 40)
+    expected = tower.layer_features(images, 1), tower.trunk(images)
+    calls = count_calls(model.vision_model.encoder.layers)
+    features, tokens = tower.layer_and_trunk(images, 1)
+    assert calls == list(range(tower.layers - 1))
+    assert torch.equal(features, expected[0])
+    assert torch.equal(tokens, expected[1])
+
+
 # --------------------------------------------------------------------------------------------------
 # The same weights in both libraries
 

@@ -7,7 +7,7 @@ import timm
 import torch
 from open_clip.transformer import VisionTransformer
 
-from fsa import InputError, ModelUnavailableError, vfm
+from fsa import InputError, ModelUnavailableError, hosts, vfm
 from fsa.vision import Tower
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -104,6 +104,43 @@ def test_a_layer_of_clip_itself(name, layer, tower):
     images = torch.randn(1, 3, 24, 40)
     assert torch.equal(model(images), tower.layer_features(images, layer))
     assert model.name == f"layer:{layer}"
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("layer", [0, 1, 3])
+def test_a_layer_and_the_trunk_run_every_block_once(layer, batch_first, count_calls):
+    tower = Tower(VisionTransformer(32, 8, 24, 4, 3, 2.0, output_dim=16).eval())
+    tower.visual.transformer.batch_first = batch_first
+    for block in tower.visual.transformer.resblocks:
+        block.attn.batch_first = batch_first
+    images = torch.randn(2, 3, 24, 40)
+    model = load(f"layer:{layer}", tower)
+    calls = count_calls(tower.visual.transformer.resblocks)
+    features, tokens = model.with_trunk(images, tower)
+    assert calls == [0, 1, 2]
+    assert torch.equal(features, model(images))
+    assert torch.equal(tokens, tower.trunk(images))
+
+
+def test_only_a_layer_of_the_same_clip_brings_the_trunk(tower, small):
+    images = torch.randn(1, 3, 16, 32)
+    other = Tower(VisionTransformer(32, 8, 24, 4, 3, 2.0, output_dim=16).eval())
+    for model in (load("dino", tower), load("layer", other)):
+        features, tokens = model.with_trunk(images, tower)
+        assert torch.equal(features, model(images))
+        assert tokens is None
+    # Two towers opened on one model are the same.
+    assert load("layer", Tower(tower.visual)).with_trunk(images, tower)[1] is not None
+
+
+def test_tokens_of_other_images_are_refused_in_words(tower):
+    host = hosts.build("clearclip", tower)
+    images, text = torch.randn(2, 3, 24, 40), torch.randn(5, 16)
+    tokens = tower.trunk(images)
+    assert torch.equal(host.features(images, text, tokens=tokens), host.features(images, text))
+    for wrong in (tokens[:1], tokens[:, 1:], tokens[..., 1:], tokens[0]):
+        with pytest.raises(InputError, match="tokens must have shape"):
+            host.features(images, text, tokens=wrong)
 
 
 def test_any_callable_serves(tower):

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from fsa import InputError, viz
 from fsa.metrics import confusion, iou, mean_iou
@@ -117,6 +119,81 @@ def test_the_legend_names_what_is_there(count):
     assert not absent & drawn
 
 
+@dataclass
+class Text:
+    """A text as it was drawn."""
+
+    words: str
+    at: tuple[float, float]
+    anchor: str
+    font: ImageFont.FreeTypeFont
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Where it begins and ends from left to right."""
+        length = self.font.getlength(self.words)
+        left = self.at[0] - (length if self.anchor[0] == "r" else 0)
+        return left, left + length
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The texts that are drawn from now on."""
+    texts = []
+    draw = ImageDraw.ImageDraw.text
+
+    def record(self, xy, text, *, anchor, font, **options):
+        texts.append(Text(text, xy, anchor, font))
+        draw(self, xy, text, anchor=anchor, font=font, **options)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
+    return texts
+
+
+@pytest.fixture
+def no_other_fonts(monkeypatch):
+    monkeypatch.setattr(viz, "_FONT_FILES", ())
+    viz._fonts.cache_clear()
+    yield
+    viz._fonts.cache_clear()
+
+
+def test_a_share_is_a_text_of_its_own_at_the_end_of_its_line(drawn):
+    labels = np.array([[0] * 2 + [1] * 30 + [2] * 68]).repeat(50, axis=0)
+    names = ["cat", "שמיים", "a name that is longer"]
+    beside = viz.beside_legend(Image.new("RGB", (100, 50)), labels, names)
+    texts = {text.words: text for text in drawn}
+    lines = [
+        (texts[name], texts[share]) for name, share in zip(names, ("2%", "30%", "68%"), strict=True)
+    ]
+    for name, share in lines:
+        assert name.at[1] == share.at[1]
+        assert 100 < name.ends[0] < name.ends[1] < share.ends[0] < share.ends[1] < beside.width
+    assert len({name.ends[0] for name, _ in lines}) == 1
+    assert len({share.ends[1] for _, share in lines}) == 1
+
+
+def test_what_can_be_written_of_a_name_follows_its_number(no_other_fonts, drawn):
+    names = ["\ue000 (cat)", "\ue000 3", "plain"]
+    written = ["class 0: (cat)", "class 1", "plain"]
+    labels = np.arange(3)[None].repeat(4, axis=0)
+    viz.beside_legend(Image.new("RGB", (9, 9)), labels, names)
+    assert [text.words for text in drawn[::2]] == written
+    assert [viz.legible(name, number) for number, name in enumerate(names)] == written
+
+
+def test_the_legend_of_a_grid_shortens_names_and_finds_fonts_for_them(monkeypatch, drawn):
+    own, other = ImageFont.load_default(13), ImageFont.load_default(13)
+    monkeypatch.setattr(viz, "_fonts", lambda size: (own, other))
+    monkeypatch.setattr(viz, "_missing", lambda name, font: name == "кот" and font is own)
+    legend = [("cat", (1, 2, 3)), ("кот", (4, 5, 6)), ("x" * 99, (7, 8, 9))]
+    viz.grid([[viz.Panel(Image.new("RGB", (40, 30)))]], panel_width=500, legends=[legend])
+    fonts = {text.words: text.font for text in drawn}
+    assert fonts["cat"] is own
+    assert fonts["кот"] is other
+    assert "x" * 39 + "…" in fonts
+
+
 def test_a_grid_holds_every_panel():
     colours = [(10 * i, 0, 200) for i in range(6)]
     rows = [
@@ -128,6 +205,32 @@ def test_a_grid_holds_every_panel():
     drawn = {tuple(c) for c in np.asarray(figure).reshape(-1, 3).tolist()}
     assert set(colours) | {(1, 2, 3)} <= drawn
     assert figure.width == 3 * 60 + 4 * 10
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        ((40, 30), (100, 75)),
+        ((30, 40), (100, 133)),
+        ((3000, 2), (100, 1)),
+        ((10, 50), (80, 400)),
+        ((1, 9000), (1, 400)),
+    ],
+)
+def test_a_panel_shows_a_picture_of_any_shape(size, shown):
+    assert viz.fitted(size, 100) == shown
+    figure = np.asarray(viz.grid([[viz.Panel(Image.new("RGB", size, (9, 8, 7)))]], panel_width=100))
+    rows, columns = (figure == (9, 8, 7)).all(axis=-1).nonzero()
+    assert (np.ptp(columns) + 1, np.ptp(rows) + 1) == shown
+    # In the middle of the panel, which begins after the margin.
+    assert abs((columns.min() + columns.max() + 1) / 2 - (viz._GAP + 50)) <= 1
+
+
+@pytest.mark.parametrize("box", [(5, 5, 30, 30), (5, 5, 6, 5), (4, 9, 30, 10), (5, 5, 5.2, 5.1)])
+def test_a_box_of_any_size_is_outlined(box):
+    drawn = np.asarray(viz.outlined(Image.new("RGB", (40, 40), (99, 99, 99)), box))
+    assert (drawn == viz._INK).all(axis=-1).any()
+    assert (drawn[0] == 99).all()
 
 
 def test_iou_by_hand():

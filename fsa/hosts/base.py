@@ -129,10 +129,13 @@ class Host(nn.Module):
         text_features: Tensor,
         *,
         vfm_features: Tensor | None = None,
+        tokens: Tensor | None = None,
         config: FSAConfig | None = None,
     ) -> Tensor:
         """The same as `features`."""
-        return self.features(images, text_features, vfm_features=vfm_features, config=config)
+        return self.features(
+            images, text_features, vfm_features=vfm_features, tokens=tokens, config=config
+        )
 
     @torch.no_grad()
     def features(
@@ -141,6 +144,7 @@ class Host(nn.Module):
         text_features: Tensor,
         *,
         vfm_features: Tensor | None = None,
+        tokens: Tensor | None = None,
         config: FSAConfig | None = None,
     ) -> Tensor:
         """Patch features in the space shared with text.
@@ -150,6 +154,7 @@ class Host(nn.Module):
                 device of the tower; H and W multiples of the patch size.
             text_features: (C,E) of unit length; used by the feedback only.
             vfm_features: (B,F,gh,gw) of another vision model; for ProxyCLIP, and only there.
+            tokens: (B,1+N,D), `tower.trunk(images)` where it was run already; None runs it.
             config: how feedback is computed, or None for the host alone.
 
         Returns:
@@ -159,7 +164,10 @@ class Host(nn.Module):
             InputError: wrong shapes, types or devices.
         """
         self._check(images, text_features, vfm_features, config)
-        tokens = self.tower.trunk(images)
+        if tokens is None:
+            tokens = self.tower.trunk(images)
+        else:
+            self.tower.check_tokens(tokens, images)
         attention = self.attention(tokens, images, vfm_features, config)
 
         def tail(heads: Tensor) -> Tensor:
