@@ -152,26 +152,9 @@ def our_segmentor(
     row: PictureRow, visual: nn.Module, picture: Image.Image, text: Tensor, feedback: bool
 ) -> Call:
     """One picture through this library's segmentor."""
-    model = nn.Module()
-    model.visual = visual
-    model.logit_scale = nn.Parameter(visual.proj.new_zeros(()), requires_grad=False)
-    loaded = LoadedModel(
-        model=model,
-        tokenizer=None,
-        name=BACKBONES.get(row.backbone, row.backbone),
-        pretrained="random",
-        mean=open_clip.OPENAI_DATASET_MEAN,
-        std=open_clip.OPENAI_DATASET_STD,
-        image_size=row.window,
-    )
-    segmentor = Segmentor(
-        row.host,
-        fsa.hosts.build(row.host, visual),
-        loaded,
-        _KnownQueries(text),
-        dino(visual) if row.host == "proxyclip" else None,
-        feedback,
-    )
+    vfm = dino(visual) if row.host == "proxyclip" else None
+    name = BACKBONES.get(row.backbone, row.backbone)
+    segmentor = clip_segmentor(row.host, visual, text, vfm, feedback, name)
     classes = [str(number) for number in range(row.C)]
     sizes: dict[str, Any] = {
         "window": row.window,
@@ -183,6 +166,39 @@ def our_segmentor(
         return torch.from_numpy(segmentor.segment(picture, classes, **sizes).labels)
 
     return run
+
+
+def clip_segmentor(
+    host: str | fsa.hosts.ReadOutFunction,
+    visual: nn.Module,
+    text: Tensor,
+    vfm: VFM | None,
+    feedback: bool,
+    name: str = "random",
+) -> Segmentor:
+    """A segmentor on a vision tower alone, for text features (C,E) that are there already.
+
+    Args:
+        host, feedback: as `fsa.load_segmentor` takes them.
+        visual: open_clip's vision tower.
+        text: of unit length, one query a class.
+        vfm: for "proxyclip".
+        name: of the model, by which the preset is chosen.
+    """
+    model = nn.Module()
+    model.visual = visual
+    model.logit_scale = nn.Parameter(visual.proj.new_zeros(()), requires_grad=False)
+    loaded = LoadedModel(
+        model=model,
+        tokenizer=None,
+        name=name,
+        pretrained="random",
+        mean=open_clip.OPENAI_DATASET_MEAN,
+        std=open_clip.OPENAI_DATASET_STD,
+        image_size=visual.image_size[0],
+    )
+    built = fsa.hosts.build(host, visual)
+    return Segmentor(str(host), built, loaded, _KnownQueries(text), vfm, feedback)
 
 
 def _published_segmentor(
