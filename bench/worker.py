@@ -22,7 +22,8 @@ import torch
 
 from bench import memory, numerics, timing
 from bench.contenders import Call, Row, describe, failure, release, synchronise
-from bench.rows import OpRow, make_inputs
+from bench.model_rows import HostRow
+from bench.rows import OpRow
 
 MEASURES = ("time", "numerics", "memory")
 
@@ -86,12 +87,12 @@ def measure(
         return record, False
 
     options = {}
-    exact = None
-    if isinstance(row, OpRow):
-        options["inputs"] = make_inputs(row, device, dtype)
+    judge = None
+    if isinstance(row, (OpRow, HostRow)):
+        options["inputs"] = row.inputs(device, dtype)
         if "numerics" in job.measures:
             try:
-                exact = numerics.exact(row, options["inputs"])
+                judge = numerics.judge_for(row, options["inputs"])
             except Exception as error:
                 record["exact"] = {}
                 _record_failure(record["exact"], error, device)
@@ -108,15 +109,15 @@ def measure(
             synchronise(device)
             # With compilation, where there is any.
             entries[name]["first_call_s"] = round(time.perf_counter() - began, 3)
-            if exact is not None:
-                entries[name]["numerics"] = numerics.judge(result, exact)
+            if judge is not None:
+                entries[name]["numerics"] = judge(name, result)
             del result
             if "memory" in job.measures:
                 entries[name]["memory"] = memory.peak_extra_bytes_cuda(call, device)
             calls[name] = call
         except Exception as error:
             _record_failure(entries[name], error, device)
-    exact = None
+    judge = None
     release(device)
     spoilt = False
     if "time" in job.measures:

@@ -193,6 +193,24 @@ def test_a_row_of_every_kind_is_timed(row, names, monkeypatch):
     assert record["name"] == row.name
 
 
+def test_memory_of_both_ways_of_the_step_is_measured(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        memory, "peak_extra_bytes_cpu", lambda row, name, dtype: taken.append(name) or 1
+    )
+    record = toy(Job(OpRow("step", 1, 8192, 171, ways=True), ("memory",)))
+    assert {"fsa stored", "fsa streamed"} <= set(taken) == set(record["contenders"])
+    assert not {"fsa stored", "fsa streamed"} & set(OpRow("step", 1, 64, 3).contenders(CPU, FLOAT))
+
+
+def test_both_ways_of_the_step_are_the_same():
+    row = OpRow("step", 1, 80, 5, ways=True)
+    inputs = row.inputs(CPU, FLOAT)
+    builds = row.contenders(CPU, FLOAT, inputs)
+    stored = builds["fsa stored"]()()
+    assert relative_error(builds["fsa streamed"]()(), stored) < RELATIVE_ERROR[FLOAT]
+
+
 @pytest.mark.parametrize("kind", ["op", "step"])
 def test_numerics_are_recorded_and_within_the_limits(kind):
     record = toy(Job(OpRow(kind, 3, 50, 7), ("numerics",)))
@@ -201,6 +219,24 @@ def test_numerics_are_recorded_and_within_the_limits(kind):
         assert found["relative_error"] < RELATIVE_ERROR[FLOAT], name
         assert ("decisions_that_differ" in found) == (kind == "op")
         assert not numerics.beyond_limits(name, found, FLOAT)
+
+
+@pytest.mark.parametrize("host", ["clearclip", "proxyclip"])
+def test_a_host_may_err_twice_as_much_as_plain_pytorch(host):
+    row = HostRow(host, TOY_BACKBONE, side=64, C=3)
+    record = toy(Job(row, ("numerics",)))
+    assert set(record["contenders"]) == set(tables.MODES)
+    for name, entry in record["contenders"].items():
+        assert entry["numerics"]["relative_error"] < entry["numerics"]["limit"], name
+    assert runner.complaints({"rows": [record]}) == []
+    inputs = row.inputs(CPU, FLOAT)
+    judge = numerics.judge_for(row, inputs)
+    features = row.contenders(CPU, FLOAT, inputs)["fsa on"]()()
+    assert not numerics.beyond_limits("fsa on", judge("fsa on", features), FLOAT)
+    for wrong in (features * 1.001, features * float("nan"), features.roll(1, dims=1)):
+        assert numerics.beyond_limits("fsa on", judge("fsa on", wrong), FLOAT)
+    # Without feedback is another result.
+    assert numerics.beyond_limits("fsa off", judge("fsa off", features), FLOAT)
 
 
 def test_an_entry_that_rounds_to_zero_is_no_decision():
@@ -614,7 +650,9 @@ def made_up_record() -> dict:
                     "published off": entry(10.0),
                     "published on": entry(15.0),
                     "fsa off": entry(8.0, launches=100),
-                    "fsa on": entry(8.4, launches=107),
+                    "fsa on": entry(
+                        8.4, launches=107, numerics={"relative_error": 1e-3, "limit": 2e-3}
+                    ),
                 },
             },
         ],
@@ -629,6 +667,9 @@ def test_tables_come_from_the_data():
     assert "| sclip ViT-L/14 336 | 10 | 15 | 8 | 8.4 | 50% | 5% | 5.97% | 1.19× |" in host
     assert "| op B=1 N=1764 C=171 | 3 |" in tables.memory_table(record)
     assert "not finite" in tables.numerics_table(record)
+    assert "sclip" not in tables.numerics_table(record)
+    hosts_numerics = tables.host_numerics_table(record)
+    assert "| sclip ViT-L/14 336 | - | - | - | 1.0e-03 of 2.0e-03 |" in hosts_numerics
     found = {mark.text: mark for mark in marks.marks(record)}
     assert found["logits → A_f, N=1764, C=171"].value == pytest.approx(20)
     assert found["logits → A_f, N=1764, C=171"].verdict == "met"
