@@ -4,6 +4,7 @@ python -m bench cpu         the rows for the CPU -> bench/results/cpu.json
 python -m bench gpu         the rows for a GPU, those that matter first, in under 8 minutes
                             -> bench/results/gpu.json
 python -m bench memory      peak extra memory of the PyTorch path at the promised size
+python -m bench launches    what a forward launches, without and with feedback; needs no GPU
 python -m bench resources   what the kernels take of a chip, and their instructions; needs no GPU
 python -m bench quality     the embedded model with every host, without and with feedback
                             -> bench/results/quality.json
@@ -23,6 +24,7 @@ COMMANDS = {
     "cpu": "bench.runner",
     "gpu": "bench.runner",
     "memory": "bench.memory",
+    "launches": "bench.launches",
     "resources": "bench.resources",
     "quality": "bench.quality",
     "guards": "bench.guards",

@@ -60,41 +60,68 @@ class HostRow(Row):
     def small(self) -> HostRow:
         return HostRow(self.host, self.backbone, side=112, C=3)
 
-    def contenders(self, device: torch.device, dtype: torch.dtype) -> dict[str, Build]:
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> HostInputs:
         visual = tower(self.backbone, device, dtype)
-        images = torch.randn(self.B, 3, self.side, self.side, device=device, dtype=dtype)
-        text = text_features(self.C, visual, device)
-        config = FSAConfig.preset(vfm="dino", model=BACKBONES.get(self.backbone))
+        preset = FSAConfig.preset(vfm="dino", model=BACKBONES.get(self.backbone))
+        return HostInputs(
+            visual=visual,
+            vfm=dino(visual) if self.host == "proxyclip" else None,
+            images=torch.randn(self.B, 3, self.side, self.side, device=device, dtype=dtype),
+            text=text_features(self.C, visual, device),
+            configs={"off": None, "on": preset},
+        )
+
+    def contenders(
+        self, device: torch.device, dtype: torch.dtype, inputs: HostInputs | None = None
+    ) -> dict[str, Build]:
+        inputs = inputs or self.inputs(device, dtype)
         forwards = {"published": _published_host, "fsa": our_host}
         return {
-            f"{name} {mode}": partial(
-                forward, self.host, visual, images, text, config if mode == "on" else None
-            )
-            for mode in MODES
+            f"{name} {mode}": partial(forward, self.host, inputs, config)
+            for mode, config in inputs.configs.items()
             for name, forward in forwards.items()
         }
 
 
-def our_host(
-    name: str, visual: nn.Module, images: Tensor, text: Tensor, config: FSAConfig | None
-) -> Call:
+@dataclass(frozen=True)
+class HostInputs:
+    """What every contender of a host row is given.
+
+    Attributes:
+        visual: open_clip's vision tower.
+        vfm: the other model, for ProxyCLIP.
+        images: (B,3,H,W).
+        text: (C,E) of unit length.
+        configs: without feedback, "off", and with it, "on".
+    """
+
+    visual: nn.Module
+    vfm: VFM | None
+    images: Tensor
+    text: Tensor
+    configs: dict[str, FSAConfig | None]
+
+    def vfm_features(self) -> Tensor | None:
+        """Of the other model, where there is one."""
+        return None if self.vfm is None else self.vfm(self.images)
+
+
+def our_host(name: str, inputs: HostInputs, config: FSAConfig | None) -> Call:
     """One forward of a host of this library; the other model's is part of it."""
-    host = fsa.hosts.build(name, visual)
-    proxy = dino(visual) if name == "proxyclip" else None
+    host = fsa.hosts.build(name, inputs.visual)
 
     def forward() -> Tensor:
-        features = proxy(images) if proxy else None
-        return host.features(images, text, vfm_features=features, config=config)
+        return host.features(
+            inputs.images, inputs.text, vfm_features=inputs.vfm_features(), config=config
+        )
 
     return forward
 
 
-def _published_host(
-    name: str, visual: nn.Module, images: Tensor, text: Tensor, config: FSAConfig | None
-) -> Call:
-    host = PublishedHost(name, visual)
-    proxy = _explicit_dino(visual) if name == "proxyclip" else None
-    text = text.to(images.dtype)
+def _published_host(name: str, inputs: HostInputs, config: FSAConfig | None) -> Call:
+    host = PublishedHost(name, inputs.visual)
+    proxy = None if inputs.vfm is None else _explicit_dino(inputs.visual)
+    images, text = inputs.images, inputs.text.to(inputs.images.dtype)
     beta = config.beta if config else 0.0
 
     def forward() -> Tensor:
@@ -152,26 +179,9 @@ def our_segmentor(
     row: PictureRow, visual: nn.Module, picture: Image.Image, text: Tensor, feedback: bool
 ) -> Call:
     """One picture through this library's segmentor."""
-    model = nn.Module()
-    model.visual = visual
-    model.logit_scale = nn.Parameter(visual.proj.new_zeros(()), requires_grad=False)
-    loaded = LoadedModel(
-        model=model,
-        tokenizer=None,
-        name=BACKBONES.get(row.backbone, row.backbone),
-        pretrained="random",
-        mean=open_clip.OPENAI_DATASET_MEAN,
-        std=open_clip.OPENAI_DATASET_STD,
-        image_size=row.window,
-    )
-    segmentor = Segmentor(
-        row.host,
-        fsa.hosts.build(row.host, visual),
-        loaded,
-        _KnownQueries(text),
-        dino(visual) if row.host == "proxyclip" else None,
-        feedback,
-    )
+    vfm = dino(visual) if row.host == "proxyclip" else None
+    name = BACKBONES.get(row.backbone, row.backbone)
+    segmentor = clip_segmentor(row.host, visual, text, vfm, feedback, name)
     classes = [str(number) for number in range(row.C)]
     sizes: dict[str, Any] = {
         "window": row.window,
@@ -183,6 +193,39 @@ def our_segmentor(
         return torch.from_numpy(segmentor.segment(picture, classes, **sizes).labels)
 
     return run
+
+
+def clip_segmentor(
+    host: str | fsa.hosts.ReadOutFunction,
+    visual: nn.Module,
+    text: Tensor,
+    vfm: VFM | None,
+    feedback: bool,
+    name: str = "random",
+) -> Segmentor:
+    """A segmentor on a vision tower alone, for text features (C,E) that are there already.
+
+    Args:
+        host, feedback: as `fsa.load_segmentor` takes them.
+        visual: open_clip's vision tower.
+        text: of unit length, one query a class.
+        vfm: for "proxyclip".
+        name: of the model, by which the preset is chosen.
+    """
+    model = nn.Module()
+    model.visual = visual
+    model.logit_scale = nn.Parameter(visual.proj.new_zeros(()), requires_grad=False)
+    loaded = LoadedModel(
+        model=model,
+        tokenizer=None,
+        name=name,
+        pretrained="random",
+        mean=open_clip.OPENAI_DATASET_MEAN,
+        std=open_clip.OPENAI_DATASET_STD,
+        image_size=visual.image_size[0],
+    )
+    built = fsa.hosts.build(host, visual)
+    return Segmentor(str(host), built, loaded, _KnownQueries(text), vfm, feedback)
 
 
 def _published_segmentor(

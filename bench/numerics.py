@@ -1,7 +1,11 @@
-"""Errors and pruning decisions of contenders, against the exact algebra in float64."""
+"""Errors of contenders: of ops and steps against the exact algebra in float64, with their pruning
+decisions; of hosts against the same forward in a wider type.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +14,59 @@ from torch import Tensor
 
 import fsa
 from bench.contenders import is_ours
+from bench.model_rows import HostInputs, HostRow
 from bench.rows import Inputs, OpRow
 from fsa import reference
 from fsa.config import FSAConfig
 from tests.accuracy import RELATIVE_ERROR, relative_error, unexplained_decisions
+
+# (contender, its result) -> what is recorded of it.
+Judge = Callable[[str, Tensor], dict[str, Any]]
+
+_WIDER = {
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.float32: torch.float64,
+}
+
+
+def judge_for(row: OpRow | HostRow, inputs: Inputs | HostInputs) -> Judge:
+    """Computes what a row's contenders should give, and judges them by it."""
+    if isinstance(row, HostRow):
+        return _host_judge(row, inputs)
+    against = exact(row, inputs)
+    return lambda contender, result: judge(result, against)
+
+
+def _host_judge(row: HostRow, inputs: HostInputs) -> Judge:
+    """Relative errors of the features, and the largest accepted: twice that of plain PyTorch."""
+    dtype = inputs.images.dtype
+    wide = _WIDER[dtype]
+    images, text, vfm_features = inputs.images, inputs.text, inputs.vfm_features()
+    # Without the GPU's short mantissas in convolutions, which are the patch embedding.
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        widened = copy.deepcopy(inputs.visual).to(wide)
+        ways = []
+        for visual, kind in ((widened, wide), (inputs.visual, dtype)):
+            host = fsa.hosts.build(row.host, visual, backend="torch")
+            vfm = None if vfm_features is None else vfm_features.to(kind)
+            ways.append(
+                {
+                    mode: host.features(images.to(kind), text, vfm_features=vfm, config=config)
+                    for mode, config in inputs.configs.items()
+                }
+            )
+    exact, plain = ways
+    limits = {
+        mode: max(RELATIVE_ERROR[dtype], 2 * relative_error(plain[mode], exact[mode]))
+        for mode in exact
+    }
+
+    def judge(contender: str, result: Tensor) -> dict[str, Any]:
+        mode = contender.split()[-1]
+        return {"relative_error": relative_error(result, exact[mode]), "limit": limits[mode]}
+
+    return judge
 
 
 @dataclass(frozen=True)
@@ -72,7 +125,7 @@ def beyond_limits(contender: str, found: dict[str, Any], dtype: torch.dtype) -> 
     if not is_ours(contender):
         return []
     broken = []
-    limit = RELATIVE_ERROR[dtype]
+    limit = found.get("limit", RELATIVE_ERROR[dtype])
     # Written so that NaN breaks it.
     if not found["relative_error"] < limit:
         broken.append(f"relative error {found['relative_error']:.1e}, limit {limit:.0e}")

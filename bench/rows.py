@@ -18,9 +18,6 @@ HEADS, HEAD_WIDTH = 12, 64
 _PUBLISHED_TENSORS = 2
 _ALGEBRA_MATRICES = 6
 
-# From here on a step is measured with A_f kept and with A_f streamed.
-_STREAM_FROM = 8192
-
 
 @dataclass(frozen=True)
 class Inputs:
@@ -46,6 +43,8 @@ class OpRow(Row):
         kind: "op" or "step".
         B, N, C: images, patches, queries.
         compiled: with `torch.compile` as a contender; compiling takes seconds a row.
+        ways: of steps, also with A_f kept and with A_f streamed, between which `feedback_step`
+            itself chooses by size.
     """
 
     kind: str
@@ -53,18 +52,22 @@ class OpRow(Row):
     N: int
     C: int
     compiled: bool = False
+    ways: bool = False
 
     @property
     def name(self) -> str:
         return f"{self.kind} B={self.B} N={self.N} C={self.C}"
 
     def small(self) -> OpRow:
-        return OpRow(self.kind, 1, 64, self.C, self.compiled)
+        return OpRow(self.kind, 1, 64, self.C, self.compiled, self.ways)
+
+    def inputs(self, device: torch.device, dtype: torch.dtype) -> Inputs:
+        return make_inputs(self, device, dtype)
 
     def contenders(
         self, device: torch.device, dtype: torch.dtype, inputs: Inputs | None = None
     ) -> dict[str, Build]:
-        inputs = inputs or make_inputs(self, device, dtype)
+        inputs = inputs or self.inputs(device, dtype)
         builds: dict[str, Build] = {
             "published": partial(_published, self, inputs),
             "algebra": partial(_algebra, self, inputs),
@@ -74,9 +77,8 @@ class OpRow(Row):
         builds["fsa torch"] = partial(ours, self.kind, "torch", inputs)
         if device.type == "cuda":
             builds["fsa triton"] = partial(ours, self.kind, "triton", inputs)
-        if self.kind == "step" and self.N >= _STREAM_FROM:
+        if self.ways:
             backend = "triton" if device.type == "cuda" else "torch"
-            # Either way of the step, where `feedback_step` itself takes one by size.
             for name, stream in (("fsa stored", False), ("fsa streamed", True)):
                 builds[name] = partial(ours, self.kind, backend, inputs, stream)
         return builds

@@ -152,14 +152,26 @@ def _beyond(row: dict[str, Any], dtype: torch.dtype) -> dict[str, list[str]]:
 
 
 def complaints(record: dict[str, Any]) -> list[str]:
-    """What this library did wrong in a run, in words."""
+    """What went wrong in a run with this library, or with its judges, in words."""
     return [
-        f"{row['name']}, {name}: {'; '.join(wrong)}"
+        f"{row['name']}{where}: {'; '.join(wrong)}"
         for row in record["rows"]
-        for name, entry in row["contenders"].items()
-        if is_ours(name)
-        and (wrong := [*entry.get("beyond_limits", ()), *filter(None, [entry.get("error")])])
+        for where, wrong in (
+            ("", _errors(row)),
+            (", in float64", _errors(row.get("exact", {}))),
+            *(
+                (f", {name}", [*entry.get("beyond_limits", ()), *_errors(entry)])
+                for name, entry in row["contenders"].items()
+                if is_ours(name)
+            ),
+        )
+        if wrong
     ]
+
+
+def _errors(entry: dict[str, Any]) -> list[str]:
+    """Of an entry and of its capture in a CUDA graph; what does not fit is no error."""
+    return [place["error"] for place in (entry, entry.get("graph", {})) if "error" in place]
 
 
 def write(record: dict[str, Any], file: Path) -> None:

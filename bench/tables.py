@@ -142,7 +142,7 @@ def memory_table(record: Record | None) -> str:
 
 def numerics_table(record: Record | None) -> str:
     """Relative error, and the share of pruning decisions that differ, against float64."""
-    rows = _measured(record, "numerics")
+    rows = _measured(record, "numerics", "op", "step")
     if not rows:
         return NOT_MEASURED
     present = _present(rows, "numerics")
@@ -162,6 +162,25 @@ def numerics_table(record: Record | None) -> str:
         "that differ; of a batch the first and the last image"
     )
     return f"{_table(['row', *present], lines)}\n\n{_caption(record, note, times=False)}"
+
+
+def host_numerics_table(record: Record | None) -> str:
+    """Relative error of a host's features, and the largest that is accepted."""
+    rows = _measured(record, "numerics", "host")
+    if not rows:
+        return NOT_MEASURED
+
+    def text(found: Record) -> str:
+        error = found["relative_error"]
+        return "not finite" if error is None else f"{error:.1e} of {found['limit']:.1e}"
+
+    lines = [[row["name"], *(_cell(row, name, "numerics", text) for name in MODES)] for row in rows]
+    note = (
+        "relative error of the features against the same forward in a wider type, of twice that "
+        "of plain PyTorch"
+    )
+    header = ["host", "published", "published + FSA", "here", "here + FSA"]
+    return f"{_table(header, lines)}\n\n{_caption(record, note, times=False)}"
 
 
 def marks_table(record: Record | None) -> str:
@@ -198,10 +217,11 @@ def _timed(record: Record | None, *kinds: str) -> list[Record]:
     ]
 
 
-def _measured(record: Record | None, key: str) -> list[Record]:
+def _measured(record: Record | None, key: str, *kinds: str) -> list[Record]:
+    kinds = kinds or ("op", "step", "host", "picture")
     return [
         row
-        for row in (data.rows(record, "op", "step", "host", "picture") if record else [])
+        for row in (data.rows(record, *kinds) if record else [])
         if any(key in entry for entry in row["contenders"].values())
     ]
 
@@ -276,6 +296,7 @@ def tables(cpu: Record | None, gpu: Record | None) -> dict[str, str]:
         # On the GPU where it was measured.
         "hosts": host_table(gpu or cpu),
         "pictures": picture_table(gpu or cpu),
+        "host-numerics-gpu": host_numerics_table(gpu),
         "speed-cpu": speed_table(cpu, chosen=lambda row: row["kind"] == "step"),
         "speed-gpu": speed_table(gpu, "graph", lambda row: row["B"] == 1 and row["C"] == 171),
     }

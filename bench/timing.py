@@ -6,7 +6,9 @@ series     calls one after another, at least 10 ms of them; on a GPU between two
 one_call   GPU only, short calls: one alone, from its start until the device has finished, by the
            wall clock
 graph      likewise: the call captured in a CUDA graph and replayed, between two CUDA events: the
-           device's own work, without Python and launches; `launches` counts what the graph holds
+           device's own work, without Python and launches. A short call is captured several times
+           in one graph, so that the start of a graph is no part of it; `launches` counts what the
+           graph holds for one of them
 
 The GPU's second-level cache is not flushed between calls: a segmentor's inputs were written just
 before, so a warm cache is what it sees.
@@ -18,12 +20,15 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from bench.contenders import Call, failure, release, synchronise
 
@@ -34,6 +39,11 @@ _SERIES_SECONDS = 0.010
 # Above this a call's launches no longer count: its series says all.
 _LAUNCHES_COUNT_BELOW_SECONDS = 0.050
 _NEEDS_NO_WARM_UP_SECONDS = 1.0
+# Starting a graph takes microseconds, as much as the shortest calls.
+_SHORT_SECONDS, _SHORT_CALLS_A_GRAPH = 0.001, 10
+
+# What a graph's drawing calls the nodes that are launches.
+_LAUNCH_NODES = ("KERNEL", "MEMCPY", "MEMSET")
 
 
 def time_calls(
@@ -41,6 +51,7 @@ def time_calls(
     device: torch.device,
     *,
     graphs: bool,
+    uncaptured: Collection[str] = (),
     at: Callable[[str], None] = lambda contender: None,
 ) -> tuple[dict[str, dict[str, Any]], bool]:
     """Times calls, in turns.
@@ -49,6 +60,7 @@ def time_calls(
         calls: contender -> call, compiled and run once.
         device: where they run.
         graphs: whether to capture them in CUDA graphs too, on a GPU.
+        uncaptured: contenders that are not captured all the same.
         at: told the contender before each of its turns.
 
     Returns:
@@ -75,14 +87,18 @@ def time_calls(
     if not graphs:
         return figures, False
 
-    captured: dict[str, Call] = {}
+    captured: dict[str, Captured] = {}
     failed = False
     for name, call in short.items():
+        if name in uncaptured:
+            continue
         at(name)
         try:
-            captured[name], figures[name]["launches"] = capture(call, device)
-            captured[name]()
-            seconds[name] = _one_call(captured[name], device)
+            times = _SHORT_CALLS_A_GRAPH if seconds[name] < _SHORT_SECONDS else 1
+            captured[name] = capture(call, device, times)
+            captured[name].replay()
+            seconds[name] = _one_call(captured[name].replay, device)
+            figures[name]["launches"] = captured[name].launches
         except Exception as error:
             captured.pop(name, None)
             failed = True
@@ -90,15 +106,34 @@ def time_calls(
             error.with_traceback(None)
             release(device)
             synchronise(device)
-    _sample("graph", captured, seconds, figures, device, _series, at)
+    replays = {name: graph.replay for name, graph in captured.items()}
+    _sample("graph", replays, seconds, figures, device, _series, at)
+    for name in replays:
+        graph = captured[name]
+        figures[name]["graph"] = _shared(figures[name]["graph"], graph.calls)
+        if graph.launches is None:
+            at(name)
+            figures[name]["launches"] = profiled_launches(short[name], device)
     return figures, failed
 
 
-def capture(call: Call, device: torch.device) -> tuple[Call, int | None]:
-    """Captures a call in a CUDA graph.
+@dataclass(frozen=True)
+class Captured:
+    """Calls in a CUDA graph.
 
-    Returns:
-        A call that replays it, and how many launches it holds, None where that cannot be read.
+    Attributes:
+        replay: does them all.
+        calls: how many they are.
+        launches: of one of them; None where that cannot be read.
+    """
+
+    replay: Call
+    calls: int
+    launches: int | None
+
+
+def capture(call: Call, device: torch.device, calls: int = 1) -> Captured:
+    """Captures a call, several times in a row, in a CUDA graph.
 
     Raises:
         RuntimeError: something in the call cannot be captured.
@@ -111,10 +146,11 @@ def capture(call: Call, device: torch.device) -> tuple[Call, int | None]:
             call()
         before.wait_stream(side)
         release(device)
-        graph = torch.cuda.CUDAGraph()
-        graph.enable_debug_mode()
+        # Only a graph that is kept beside what is made of it can be drawn.
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
         with torch.cuda.graph(graph):
-            result = call()
+            for _ in range(calls):
+                result = call()
     finally:
         # A capture that fails may leave its own stream behind as the current one.
         torch.cuda.set_stream(before)
@@ -123,7 +159,23 @@ def capture(call: Call, device: torch.device) -> tuple[Call, int | None]:
         graph.replay()
         return result
 
-    return replay, _launches(graph)
+    held = _launches(graph)
+    return Captured(replay, calls, None if held is None or held % calls else held // calls)
+
+
+def profiled_launches(call: Call, device: torch.device) -> int | None:
+    """Kernels, copies and fills of one call, by PyTorch's profiler; None where it sees none.
+
+    Calls are slower ever after, so that nothing may be timed then.
+    """
+    try:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            call()
+            synchronise(device)
+        seen = [e for e in profiler.events() if e.device_type == DeviceType.CUDA]
+    except RuntimeError:
+        return None
+    return len(seen) or None
 
 
 def _launches(graph: torch.cuda.CUDAGraph) -> int | None:
@@ -135,7 +187,10 @@ def _launches(graph: torch.cuda.CUDAGraph) -> int | None:
             text = drawing.read_text(errors="replace")
         except (RuntimeError, OSError):
             return None
-    return len(set(re.findall(r'^\s*"(graph_\d+_node_\d+)"\s*\[', text, re.MULTILINE))) or None
+    nodes = dict(
+        re.findall(r'^\s*"(graph_\d+_node_\d+)"\s*\[.*label="[{\s]*([A-Z_]+)', text, re.MULTILINE)
+    )
+    return sum(kind in _LAUNCH_NODES for kind in nodes.values()) or None
 
 
 def _sample(
@@ -206,6 +261,14 @@ def _one_call(call: Call, device: torch.device) -> float:
     call()
     synchronise(device)
     return time.perf_counter() - start
+
+
+def _shared(figure: dict[str, Any], calls: int) -> dict[str, Any]:
+    """The time of one of several calls that were timed together; a failure stays what it is."""
+    share = {
+        key: round(figure[key] / calls, 5) for key in ("p20", "median", "p80") if key in figure
+    }
+    return figure | share
 
 
 def summary(seconds: list[float]) -> dict[str, float | int]:

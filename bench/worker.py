@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,9 +22,13 @@ import torch
 
 from bench import memory, numerics, timing
 from bench.contenders import Call, Row, describe, failure, release, synchronise
-from bench.rows import OpRow, make_inputs
+from bench.model_rows import HostRow
+from bench.rows import OpRow
 
 MEASURES = ("time", "numerics", "memory")
+
+# A failed capture costs a new process: so often is it tried for a contender in rows of one kind.
+_TRIES = 2
 
 # A process has to import everything and to wake the GPU first.
 _START_SECONDS = 180.0
@@ -53,6 +58,7 @@ def measure(
     dtype: torch.dtype,
     *,
     skip: frozenset[str] = frozenset(),
+    uncaptured: frozenset[str] = frozenset(),
     at: Callable[[str], None] = lambda contender: None,
 ) -> tuple[dict[str, Any], bool]:
     """Does a job in this process.
@@ -61,6 +67,7 @@ def measure(
         job: the row and what to measure of it.
         device, dtype: of the inputs.
         skip: contenders to leave out.
+        uncaptured: contenders that are not captured in CUDA graphs.
         at: told the contender before each of its turns.
 
     Returns:
@@ -80,12 +87,12 @@ def measure(
         return record, False
 
     options = {}
-    exact = None
-    if isinstance(row, OpRow):
-        options["inputs"] = make_inputs(row, device, dtype)
+    judge = None
+    if isinstance(row, (OpRow, HostRow)):
+        options["inputs"] = row.inputs(device, dtype)
         if "numerics" in job.measures:
             try:
-                exact = numerics.exact(row, options["inputs"])
+                judge = numerics.judge_for(row, options["inputs"])
             except Exception as error:
                 record["exact"] = {}
                 _record_failure(record["exact"], error, device)
@@ -102,20 +109,22 @@ def measure(
             synchronise(device)
             # With compilation, where there is any.
             entries[name]["first_call_s"] = round(time.perf_counter() - began, 3)
-            if exact is not None:
-                entries[name]["numerics"] = numerics.judge(result, exact)
+            if judge is not None:
+                entries[name]["numerics"] = judge(name, result)
             del result
             if "memory" in job.measures:
                 entries[name]["memory"] = memory.peak_extra_bytes_cuda(call, device)
             calls[name] = call
         except Exception as error:
             _record_failure(entries[name], error, device)
-    exact = None
+    judge = None
     release(device)
     spoilt = False
     if "time" in job.measures:
         try:
-            figures, spoilt = timing.time_calls(calls, device, graphs=row.graphs, at=at)
+            figures, spoilt = timing.time_calls(
+                calls, device, graphs=row.graphs, uncaptured=uncaptured, at=at
+            )
         except Exception as error:
             raise DeviceLost(failure(error)) from error
         for name, figure in figures.items():
@@ -163,6 +172,7 @@ class Worker:
     def __init__(self, device: torch.device, dtype: torch.dtype, patience: float) -> None:
         self._settings = (device, dtype)
         self._patience = patience
+        self._failed_captures: Counter[tuple[str, str]] = Counter()
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
 
@@ -190,7 +200,7 @@ class Worker:
     ) -> tuple[dict[str, Any] | None, str | None, dict[str, str]]:
         """The record, or None with the contender that was at work and what happened."""
         connection = self._started()
-        connection.send((job, skip))
+        connection.send((job, skip, self._uncaptured(job.row.kind)))
         contender = None
         patience = _START_SECONDS
         while True:
@@ -214,7 +224,17 @@ class Worker:
                 record, spoilt = content
                 if spoilt:
                     self.stop()
+                self._failed_captures.update(
+                    (job.row.kind, name)
+                    for name, entry in record["contenders"].items()
+                    if "graph" in entry and "median" not in entry["graph"]
+                )
                 return record, None, {}
+
+    def _uncaptured(self, kind: str) -> frozenset[str]:
+        """Contenders whose captures failed too often in rows of a kind."""
+        failed = self._failed_captures
+        return frozenset(name for k, name in failed if k == kind and failed[k, name] >= _TRIES)
 
     def _started(self) -> Connection:
         if self._process is None:
@@ -242,13 +262,18 @@ def _serve(connection: Connection, device: torch.device, dtype: torch.dtype) -> 
     os.setsid()
     while True:
         try:
-            job, skip = connection.recv()
+            job, skip, uncaptured = connection.recv()
         except (EOFError, ConnectionError):
             return
         connection.send(("at", None))
         try:
             done = measure(
-                job, device, dtype, skip=skip, at=lambda name: connection.send(("at", name))
+                job,
+                device,
+                dtype,
+                skip=skip,
+                uncaptured=uncaptured,
+                at=lambda name: connection.send(("at", name)),
             )
             connection.send(("done", done))
         except DeviceLost as error:

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -192,6 +193,24 @@ def test_a_row_of_every_kind_is_timed(row, names, monkeypatch):
     assert record["name"] == row.name
 
 
+def test_memory_of_both_ways_of_the_step_is_measured(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        memory, "peak_extra_bytes_cpu", lambda row, name, dtype: taken.append(name) or 1
+    )
+    record = toy(Job(OpRow("step", 1, 8192, 171, ways=True), ("memory",)))
+    assert {"fsa stored", "fsa streamed"} <= set(taken) == set(record["contenders"])
+    assert not {"fsa stored", "fsa streamed"} & set(OpRow("step", 1, 64, 3).contenders(CPU, FLOAT))
+
+
+def test_both_ways_of_the_step_are_the_same():
+    row = OpRow("step", 1, 80, 5, ways=True)
+    inputs = row.inputs(CPU, FLOAT)
+    builds = row.contenders(CPU, FLOAT, inputs)
+    stored = builds["fsa stored"]()()
+    assert relative_error(builds["fsa streamed"]()(), stored) < RELATIVE_ERROR[FLOAT]
+
+
 @pytest.mark.parametrize("kind", ["op", "step"])
 def test_numerics_are_recorded_and_within_the_limits(kind):
     record = toy(Job(OpRow(kind, 3, 50, 7), ("numerics",)))
@@ -200,6 +219,24 @@ def test_numerics_are_recorded_and_within_the_limits(kind):
         assert found["relative_error"] < RELATIVE_ERROR[FLOAT], name
         assert ("decisions_that_differ" in found) == (kind == "op")
         assert not numerics.beyond_limits(name, found, FLOAT)
+
+
+@pytest.mark.parametrize("host", ["clearclip", "proxyclip"])
+def test_a_host_may_err_twice_as_much_as_plain_pytorch(host):
+    row = HostRow(host, TOY_BACKBONE, side=64, C=3)
+    record = toy(Job(row, ("numerics",)))
+    assert set(record["contenders"]) == set(tables.MODES)
+    for name, entry in record["contenders"].items():
+        assert entry["numerics"]["relative_error"] < entry["numerics"]["limit"], name
+    assert runner.complaints({"rows": [record]}) == []
+    inputs = row.inputs(CPU, FLOAT)
+    judge = numerics.judge_for(row, inputs)
+    features = row.contenders(CPU, FLOAT, inputs)["fsa on"]()()
+    assert not numerics.beyond_limits("fsa on", judge("fsa on", features), FLOAT)
+    for wrong in (features * 1.001, features * float("nan"), features.roll(1, dims=1)):
+        assert numerics.beyond_limits("fsa on", judge("fsa on", wrong), FLOAT)
+    # Without feedback is another result.
+    assert numerics.beyond_limits("fsa off", judge("fsa off", features), FLOAT)
 
 
 def test_an_entry_that_rounds_to_zero_is_no_decision():
@@ -316,11 +353,15 @@ def test_what_the_budget_interrupts_is_no_failure():
     assert runner.complaints({"rows": [record]}) == []
 
 
+REPLAY_SECONDS = 0.005
+
+
 class StandIn:
     """Takes the place of what `torch.cuda` offers, without a GPU."""
 
     def __init__(self, *args, **kwargs):
         self.time = 0.0
+        self.options = kwargs
 
     def __enter__(self):
         return self
@@ -337,9 +378,26 @@ class StandIn:
     def elapsed_time(self, end):
         return 1000 * (end.time - self.time)
 
+    def replay(self):
+        time.sleep(REPLAY_SECONDS)
+
     def debug_dump(self, path):
-        nodes = (f'"graph_1_node_{i}"[label="{i}"];\n' for i in range(3))
-        Path(path).write_text("digraph dot {\n" + "".join(nodes) + "}")
+        # PyTorch draws nothing of a graph that it was not told to keep.
+        if self.options.get("keep_graph"):
+            Path(path).write_text(drawing(30))
+
+
+def drawing(kernels: int) -> str:
+    """A captured graph as the CUDA runtime draws it: kernels, and a node that is no launch."""
+    kernel = """
+"graph_1_node_{0}"[style="bold" shape="record" label="{{KERNEL
+| {{ID | {0} (topoId: 3) | _isolate_kernel\\<\\<\\<1,128,0\\>\\>\\>}}
+| {{cooperative | 0}}
+}}"];"""
+    nodes = [kernel.format(number) for number in range(kernels)]
+    nodes.append('"graph_1_node_99"[style="solid" shape="record" label="{EMPTY\n}"];')
+    nodes.append('"graph_1_node_0" -> "graph_1_node_1" [headlabel=0];')
+    return "digraph dot {\nsubgraph cluster_1 {" + "\n".join(nodes) + "\n}\n}\n"
 
 
 @pytest.fixture
@@ -364,13 +422,103 @@ def test_on_a_gpu_there_are_three_figures_launches_and_memory(pretended_gpu):
         assert {"series", "one_call", "graph", "launches"} == set(entry)
         assert entry["launches"] == 3
         assert entry["series"]["median"] > 0
+        # Of one of the ten calls that a replay does.
+        assert 1000 * REPLAY_SECONDS / 10 <= entry["graph"]["median"] < 1000 * REPLAY_SECONDS
     assert memory.peak_extra_bytes_cuda(calls["a"], pretended_gpu) == 64
     figures, _ = timing.time_calls(calls, pretended_gpu, graphs=False)
     assert "graph" not in figures["a"]
+    figures, _ = timing.time_calls(calls, pretended_gpu, graphs=True, uncaptured=["a"])
+    assert "graph" not in figures["a"]
+    assert "graph" in figures["b"]
+
+
+def test_long_calls_are_captured_alone(pretended_gpu):
+    def slow():
+        time.sleep(0.002)
+        return torch.ones(1)
+
+    figures, _ = timing.time_calls({"slow": slow}, pretended_gpu, graphs=True)
+    assert figures["slow"]["launches"] == 30
+    assert figures["slow"]["graph"]["median"] >= 1000 * REPLAY_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("drawn", "count"),
+    [
+        (drawing(2), 2),
+        ('"graph_1_node_0"[style="solid" shape="record" label="{\nMEMCPY\n| {{ID | node}}"];', 1),
+        ('"graph_1_node_0"[style="solid" shape="record" label="{\nMEMSET\n| {{ID | node}}"];', 1),
+        (drawing(0), None),
+        ("another format", None),
+    ],
+)
+def test_launches_are_the_kernels_copies_and_fills_of_a_drawing(drawn, count):
+    class Graph:
+        def debug_dump(self, path):
+            Path(path).write_text(drawn)
+
+    assert timing._launches(Graph()) == count
+
+
+def test_without_a_drawing_the_profiler_counts(pretended_gpu, monkeypatch):
+    class Profiler:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def events(self):
+            kinds = (timing.DeviceType.CUDA,) * 4 + (timing.DeviceType.CPU,)
+            return [SimpleNamespace(device_type=kind) for kind in kinds]
+
+    def broken(activities):
+        raise RuntimeError("CUPTI cannot be initialised")
+
+    monkeypatch.setattr(StandIn, "debug_dump", lambda self, path: None)
+    for profiler, count in ((Profiler, 4), (broken, None)):
+        monkeypatch.setattr(timing, "profile", profiler)
+        figures, _ = timing.time_calls({"a": lambda: torch.ones(3)}, pretended_gpu, graphs=True)
+        assert figures["a"]["launches"] == count
+        assert figures["a"]["graph"]["median"] > 0
+
+
+def test_the_profiler_runs_a_call():
+    calls = []
+    assert timing.profiled_launches(lambda: calls.append(torch.ones(2) + 1), CPU) is None
+    assert len(calls) == 1
+
+
+def test_captures_that_keep_failing_are_not_tried_again(monkeypatch):
+    sent = []
+
+    class Connection:
+        def send(self, content):
+            sent.append(content)
+
+        def poll(self, seconds):
+            return True
+
+        def recv(self):
+            failed = {"graph": {"error": "not permitted"}}
+            fine = {"graph": {"median": 1.0}}
+            skip = sent[-1][2]
+            entries = {"bad": {} if "bad" in skip else failed, "good": fine}
+            return "done", ({"contenders": entries}, "bad" not in skip)
+
+    monkeypatch.setattr(Worker, "_started", lambda self: Connection())
+    worker = Worker(CPU, FLOAT, patience=60)
+    for _ in range(3):
+        worker.do(Job(OpRow("op", 1, 16, 3), ("time",)), deadline=time.monotonic() + 60)
+    worker.do(Job(OpRow("step", 1, 16, 3), ("time",)), deadline=time.monotonic() + 60)
+    assert [uncaptured for _, _, uncaptured in sent] == [set(), set(), {"bad"}, set()]
 
 
 def test_a_failed_capture_is_recorded_and_retires_the_process(pretended_gpu, monkeypatch):
-    def refuse(call, device):
+    def refuse(call, device, calls):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(timing, "capture", refuse)
@@ -401,6 +549,14 @@ def test_failures_and_inexactness_of_ours_are_complaints():
     entry["error"] = "it broke"
     record["contenders"]["published"]["error"] = "it broke too"
     assert runner.complaints({"rows": [record]}) == ["op B=1 N=16 C=3, fsa torch: it broke"]
+    entry["error"] = "it broke"
+    entry["graph"] = {"error": "not captured"}
+    record |= {"error": "no model", "exact": {"error": "no judge"}}
+    assert runner.complaints({"rows": [record]}) == [
+        "op B=1 N=16 C=3: no model",
+        "op B=1 N=16 C=3, in float64: no judge",
+        "op B=1 N=16 C=3, fsa torch: it broke; not captured",
+    ]
 
 
 def test_rows_beyond_the_budget_are_named_not_estimated(tmp_path):
@@ -494,7 +650,9 @@ def made_up_record() -> dict:
                     "published off": entry(10.0),
                     "published on": entry(15.0),
                     "fsa off": entry(8.0, launches=100),
-                    "fsa on": entry(8.4, launches=107),
+                    "fsa on": entry(
+                        8.4, launches=107, numerics={"relative_error": 1e-3, "limit": 2e-3}
+                    ),
                 },
             },
         ],
@@ -509,6 +667,9 @@ def test_tables_come_from_the_data():
     assert "| sclip ViT-L/14 336 | 10 | 15 | 8 | 8.4 | 50% | 5% | 5.97% | 1.19× |" in host
     assert "| op B=1 N=1764 C=171 | 3 |" in tables.memory_table(record)
     assert "not finite" in tables.numerics_table(record)
+    assert "sclip" not in tables.numerics_table(record)
+    hosts_numerics = tables.host_numerics_table(record)
+    assert "| sclip ViT-L/14 336 | - | - | - | 1.0e-03 of 2.0e-03 |" in hosts_numerics
     found = {mark.text: mark for mark in marks.marks(record)}
     assert found["logits → A_f, N=1764, C=171"].value == pytest.approx(20)
     assert found["logits → A_f, N=1764, C=171"].verdict == "met"
