@@ -23,6 +23,7 @@ from fsa.errors import InputError
 from fsa.hosts.base import LastAttention, adapted_heads
 from fsa.hosts.proxy import proxy_read_out
 from fsa.hosts.self_attention import identity_read_out, self_read_out
+from fsa.vision import with_branch
 
 _METHOD = "custom_attn"
 _PARTS = (_METHOD, "transformer.resblocks", "ln_post", "proj")
@@ -415,7 +416,7 @@ class _Plug:
         def tail(heads: Tensor) -> Tensor:
             branch = attn_layer.out_proj(heads.transpose(1, 2).flatten(2))
             if self.residual:
-                branch = tokens[1:].transpose(0, 1) + branch
+                branch = with_branch(tokens[1:].transpose(0, 1), branch)
                 branch = branch + self.last.mlp(self.last.ln_2(branch))
             return self.visual.ln_post(branch) @ self.visual.proj
 
@@ -425,7 +426,6 @@ class _Plug:
             self.text_features,
             self.config,
             self.backend,
-            residual=self.residual,
         )
         return _output(attn_layer, heads, call.class_heads)
 

@@ -85,7 +85,6 @@ def attentions(
         text_features,
         config,
         host.backend,
-        residual=host.residual,
         observe=lambda *features: seen.append(features),
     )
     matrix = attention_matrix(attention)

@@ -239,7 +239,7 @@ def adapt(
     if "before" not in adaptations and len(right_sides) == 2:
         right_sides = [right_sides[0] + right_sides[1]]
 
-    B, H, N, d = value.shape
+    _, H, _, d = value.shape
     sides = [side.transpose(1, 2).flatten(2) for side in right_sides]
     columns = sides[0] if len(sides) == 1 else torch.cat(sides, dim=-1)
     applied = feedback(columns).unflatten(-1, (len(sides), H, d))

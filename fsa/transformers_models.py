@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fsa.errors import InputError
 from fsa.models import LoadedModel, resolve_device, resolve_dtype
-from fsa.vision import Tower, resized_positions
+from fsa.vision import Tower, resized_positions, with_branch
 
 _INSTALL = "pip install 'fsa-kernels[transformers]'"
 # The letters by which presets know the sizes of CLIP's vision towers, by their width.
@@ -134,7 +134,7 @@ class _TransformersTower(Tower):
         return self.last.self_attn.out_proj(heads.transpose(1, 2).flatten(2))
 
     def residual_branches(self, tokens: Tensor, branch: Tensor) -> Tensor:
-        tokens = tokens + branch
+        tokens = with_branch(tokens, branch)
         return tokens + self.last.mlp(self.last.layer_norm2(tokens))
 
     def _run_blocks(self, tokens: Tensor, blocks: slice) -> Tensor:

@@ -149,9 +149,12 @@ class Tower(nn.Module):
 
         Args:
             tokens: (B,N,D), as they enter the block.
-            branch: (B,N,D) or (B,1,D), of `attention_branch`.
+            branch: (B,N,D), of `attention_branch`; or (B,N+1,D), see `with_branch`.
+
+        Returns:
+            (B,N,D), or (B,2N,D).
         """
-        tokens = tokens + branch
+        tokens = with_branch(tokens, branch)
         return tokens + self.last.ls_2(self.last.mlp(self.last.ln_2(tokens)))
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -193,6 +196,19 @@ class Tower(nn.Module):
         return resized_positions(
             self.visual.positional_embedding, trained_grid, grid, self.prefix_tokens
         )
+
+
+def with_branch(tokens: Tensor, branch: Tensor) -> Tensor:
+    """Tokens (B,N,D) plus what attention made of them (B,N,D).
+
+    With a row more, (B,N+1,D), the last one is what uniform attention makes of every token: after
+    the N sums come those of all tokens with it, (B,2N,D), so that one pass through the rest of the
+    block does for both.
+    """
+    N = tokens.shape[1]
+    if branch.shape[1] == N:
+        return tokens + branch
+    return torch.cat([tokens + branch[:, :N], tokens + branch[:, N:]], dim=1)
 
 
 def resized_positions(

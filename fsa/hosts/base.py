@@ -49,19 +49,18 @@ def adapted_heads(
     config: FSAConfig,
     backend: str,
     *,
-    residual: bool,
     observe: Callable[[Tensor, Tensor | None], None] | None = None,
 ) -> Tensor:
     """The feedback loop: what the heads gather under the adapted attention, (B,H,N,d).
 
     Args:
         attention: of the host's last block.
-        tail: from what heads gather, (B,H,N,d) or (B,H,1,d), to features (B,N,E) in the space
-            shared with text.
+        tail: from what heads gather, (B,H,N,d), to features (B,N,E) in the space shared with text.
+            With one row more, that of uniform attention, come its features after those of the
+            patches: one, or where the tail adds each patch's own token, N.
         text_features: (C,E) of unit length.
         config: how feedback is computed.
         backend: of the ops.
-        residual: whether the tail adds each patch's own token.
         observe: called with the features of the patches (B,N,E), and those under uniform attention
             (B,1,E), (B,N,E) or None, of each iteration.
     """
@@ -69,16 +68,12 @@ def adapted_heads(
     uniform = None
     if not config.isolation:
         first = tail(heads)
-    elif residual:
-        first = tail(heads)
-        uniform = tail(attention.mean_value)
     else:
-        # The tail takes rows one by one: the uniform one goes through it with the patches'.
         both = attention.gathered
         if both is None:
             both = torch.cat([heads, attention.mean_value], dim=2)
-        both = tail(both)
-        first, uniform = both[:, :-1], both[:, -1:]
+        both, N = tail(both), heads.shape[2]
+        first, uniform = both[:, :N], both[:, N:]
     for number in range(config.iterations):
         features = first if number == 0 else tail(heads)
         if observe is not None:
@@ -175,9 +170,7 @@ class Host(nn.Module):
 
         if config is None:
             return tail(attention.attended)
-        heads = adapted_heads(
-            attention, tail, text_features, config, self.backend, residual=self.residual
-        )
+        heads = adapted_heads(attention, tail, text_features, config, self.backend)
         return tail(heads)
 
     def attention(
@@ -194,7 +187,7 @@ class Host(nn.Module):
         raise NotImplementedError
 
     def tail(self, tokens: Tensor, heads: Tensor) -> Tensor:
-        """From what the heads gathered, (B,H,N,d) or (B,H,1,d), to features in the shared space."""
+        """From what the heads gathered to features in the shared space; see `adapted_heads`."""
         branch = self.tower.attention_branch(heads)
         if self.residual:
             branch = self.tower.residual_branches(tokens[:, self.tower.prefix_tokens :], branch)
