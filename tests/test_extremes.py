@@ -15,7 +15,12 @@ import fsa
 import fsa_kernels
 from fsa import FSAConfig, InputError, reference, torch_backend
 from fsa.errors import OutOfMemoryError, named_out_of_memory
-from tests.accuracy import RELATIVE_ERROR, relative_error, segment_logits
+from tests.accuracy import (
+    CERTAIN_RELATIVE_ERROR,
+    RELATIVE_ERROR,
+    relative_error,
+    segment_logits,
+)
 from tests.offsets import compiles_ahead_of_time, narrow_products
 from tests.test_torch_backend import FORMS, form_id
 
@@ -69,6 +74,17 @@ def test_ten_thousand_classes(backend):
 
 # --------------------------------------------------------------------------------------------------
 # Values
+
+
+@pytest.mark.parametrize("gap", [6, 10, 14, 20])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_certain_predictions(backend, gap):
+    generator = torch.Generator().manual_seed(gap)
+    logits = torch.randn(1, 60, 20, generator=generator)
+    logits[0, torch.arange(60), torch.randint(20, (60,), generator=generator)] += gap
+    exact = reference.feedback_attention(logits.double())
+    error = relative_error(attention_of(backend, logits), exact)
+    assert error < (RELATIVE_ERROR[torch.float32] if gap < 8 else CERTAIN_RELATIVE_ERROR)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

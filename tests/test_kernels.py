@@ -170,6 +170,53 @@ def test_rows_too_long_for_registers_are_searched_the_same_way(config, monkeypat
     assert torch.equal(feedback > 0, exact > 0)
 
 
+@pytest.fixture
+def search_steps(monkeypatch):
+    """How many steps the search for each row's threshold takes, row by row."""
+    from fsa_kernels import feedback
+
+    if not fsa_kernels.interpreting():
+        pytest.skip("steps are counted in Triton's interpreter")
+    pivot, steps = feedback._pivot, []
+
+    def counting(low, high, excess, lack, step):
+        if int(step) == 0:
+            steps.append(0)
+        steps[-1] += 1
+        return pivot(low, high, excess, lack, step)
+
+    monkeypatch.setattr(feedback, "_pivot", counting)
+    return steps
+
+
+def test_the_search_takes_few_steps(search_steps):
+    logits, uniform = (tensor.float() for tensor in segment_logits(196, 21))
+    attention_of(logits, uniform)
+    # The middle of the interval every time would take 9.3, and 12 at most.
+    assert len(search_steps) == 196
+    assert sum(search_steps) / 196 < 7.5
+    assert max(search_steps) <= 12
+
+
+def test_the_search_ends_where_the_mass_is_least_even(search_steps):
+    from fsa_kernels import feedback
+
+    # Of similarities that double one by one, interpolation drops little more than one a step.
+    N = 60
+    similarities = torch.full((1, 1, 64), -1.0)
+    similarities[0, 0, :N] = 2.0 ** -torch.arange(N)
+    out, h = torch.empty(1, 1, 64), torch.zeros(1, N)
+    feedback._select_kernel[(1,)](
+        *(similarities, h, out, N, 0, 1, 64, 64, 0.0, 0.45, 0.0),
+        PRUNING=0,
+        SCALING=False,
+        BLOCK_N=64,
+    )
+    confidence = similarities[0, 0, :N].double().softmax(dim=0).cumsum(dim=0)
+    assert torch.equal(out[0, 0, :N] > 0, confidence <= 0.45)
+    assert search_steps[0] <= 30
+
+
 @pytest.mark.parametrize("long_rows", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blocks_of_rows_applied_are_the_whole_applied(dtype, long_rows, monkeypatch):
