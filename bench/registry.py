@@ -48,7 +48,8 @@ def _once(jobs: Iterable[Job]) -> tuple[Job, ...]:
     return tuple(kept)
 
 
-_MARKS_GPU = [
+# The rows of `bench.marks`, then the coverage.
+MARKS_GPU = [
     *_jobs(
         [
             OpRow("op", 1, 1764, 171, compiled=True),
@@ -89,7 +90,7 @@ _COVERAGE_GPU = [
     ),
 ]
 
-GPU: tuple[Job, ...] = _once([*_MARKS_GPU, *_COVERAGE_GPU])
+GPU: tuple[Job, ...] = _once([*MARKS_GPU, *_COVERAGE_GPU])
 
 # What two cores do in about ten minutes.
 _CPU_PROXY_SIDE = 224
@@ -111,7 +112,10 @@ CPU: tuple[Job, ...] = _once(
         ),
         *_jobs([_photograph("clearclip"), _street("clearclip")], _TIME),
         *_jobs([OpRow("op", 1, N, 171) for N in (1764, 4096, 16384)], ("memory",)),
-        *_jobs([OpRow("step", 1, N, 171) for N in (1764, 4096, 8192)], ("memory",)),
+        *_jobs(
+            [OpRow("step", 1, N, 171, ways=N >= _WAYS_FROM) for N in (1764, 4096, 8192)],
+            ("memory",),
+        ),
         *_jobs(
             [
                 OpRow(kind, 1, N, C)

@@ -30,6 +30,7 @@ from bench import (
     runner,
     tables,
     timing,
+    worker,
 )
 from bench.__main__ import COMMANDS
 from bench.contenders import DoesNotFit, Row
@@ -344,11 +345,11 @@ def test_a_crash_is_recorded_and_stops_nothing(tmp_path, monkeypatch):
 
 
 def test_what_the_budget_interrupts_is_no_failure():
-    worker = Worker(CPU, FLOAT, patience=60)
+    working = Worker(CPU, FLOAT, patience=60)
     try:
-        record = worker.do(Job(OpRow("op", 1, 16, 3), ("time",)), deadline=time.monotonic() + 0.01)
+        record = working.do(Job(OpRow("op", 1, 16, 3), ("time",)), deadline=time.monotonic() + 0.01)
     finally:
-        worker.stop()
+        working.stop()
     assert record["not_finished"]
     assert runner.complaints({"rows": [record]}) == []
 
@@ -510,10 +511,10 @@ def test_captures_that_keep_failing_are_not_tried_again(monkeypatch):
             return "done", ({"contenders": entries}, "bad" not in skip)
 
     monkeypatch.setattr(Worker, "_started", lambda self: Connection())
-    worker = Worker(CPU, FLOAT, patience=60)
+    working = Worker(CPU, FLOAT, patience=60)
     for _ in range(3):
-        worker.do(Job(OpRow("op", 1, 16, 3), ("time",)), deadline=time.monotonic() + 60)
-    worker.do(Job(OpRow("step", 1, 16, 3), ("time",)), deadline=time.monotonic() + 60)
+        working.do(Job(OpRow("op", 1, 16, 3), ("time",)), deadline=time.monotonic() + 60)
+    working.do(Job(OpRow("step", 1, 16, 3), ("time",)), deadline=time.monotonic() + 60)
     assert [uncaptured for _, _, uncaptured in sent] == [set(), set(), {"bad"}, set()]
 
 
@@ -535,6 +536,79 @@ def test_a_lost_device_is_said_and_the_row_done_again(pretended_gpu, monkeypatch
     monkeypatch.setattr(torch.cuda, "synchronize", gone)
     with pytest.raises(DeviceLost, match="illegal memory access"):
         measure(Job(Mishaps(), ("time",)), pretended_gpu, FLOAT)
+
+
+class HereAndNow:
+    """Does jobs in this process; takes the place of a worker."""
+
+    def __init__(self, device, dtype, patience):
+        self.device, self.dtype = device, dtype
+
+    def do(self, job, deadline):
+        record, spoilt = measure(job, self.device, self.dtype)
+        assert not spoilt
+        return record
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture
+def toy_inputs(monkeypatch):
+    """Every row computes a toy of its kind on the CPU, under its own name."""
+    ours, of_host, of_picture = rows.ours, HostRow.inputs, PictureRow.contenders
+
+    def op_inputs(row, device, dtype):
+        return rows.make_inputs(OpRow(row.kind, row.B, 12, 5), CPU, dtype)
+
+    def host_inputs(row, device, dtype):
+        return of_host(HostRow(row.host, TOY_BACKBONE, side=32, C=3), CPU, dtype)
+
+    def picture_contenders(row, device, dtype):
+        toy = PictureRow(row.host, TOY_BACKBONE, 112, 112, 112, 112, 3)
+        return of_picture(toy, CPU, dtype)
+
+    monkeypatch.setattr(OpRow, "inputs", op_inputs)
+    monkeypatch.setattr(HostRow, "inputs", host_inputs)
+    monkeypatch.setattr(PictureRow, "contenders", picture_contenders)
+    monkeypatch.setattr(rows, "ours", lambda kind, backend, *rest: ours(kind, "torch", *rest))
+    monkeypatch.setattr(rows, "require_memory", lambda needed, device: None)
+    # Without a compiler for C++, which not every machine has.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for name, value in (("_ROUNDS", 1), ("_FEWEST_ROUNDS", 1), ("_SERIES_SECONDS", 1e-6)):
+        monkeypatch.setattr(timing, name, value)
+    monkeypatch.setattr(timing, "_LAUNCHES_COUNT_BELOW_SECONDS", 60.0)
+    # Hundreds of times in a process that holds a whole test suite.
+    monkeypatch.setattr(contenders.gc, "collect", lambda *_: 0)
+
+
+def test_the_whole_run_on_a_gpu_from_rows_to_plots(
+    pretended_gpu, toy_inputs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runner, "Worker", HereAndNow)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    jobs = [*registry.MARKS_GPU, Job(OpRow("op", 8, 441, 21), worker.MEASURES)]
+    record = runner.run(
+        jobs, tmp_path / "gpu.json", device=pretended_gpu, dtype=FLOAT, budget=600, commit="abc"
+    )
+    assert runner.complaints(record) == []
+    assert [row["name"] for row in record["rows"]] == [job.row.name for job in jobs]
+    measured = {"time": {"series", "one_call"}, "numerics": {"numerics"}, "memory": {"memory"}}
+    for job, row in zip(jobs, record["rows"], strict=True):
+        wanted = set().union(*(measured[measure] for measure in job.measures))
+        wanted |= {"graph", "launches"} if job.row.graphs else set()
+        for name, entry in row["contenders"].items():
+            assert wanted <= set(entry), (row["name"], name, entry)
+    of_steps = record["rows"][jobs.index(Job(jobs[7].row, worker.MEASURES))]["contenders"]
+    assert {*tables._ORDER, *tables._WAYS} == set(of_steps)
+
+    record = results_data.load("gpu", tmp_path)
+    assert all(mark.value is not None and mark.verdict for mark in marks.marks(record))
+    made = tables.tables(None, record)
+    about_gpu = {name: text for name, text in made.items() if "cpu" not in name}
+    assert [name for name, text in about_gpu.items() if text == tables.NOT_MEASURED] == []
+    assert "failed" not in "".join(about_gpu.values())
+    plots.draw(None, record, tmp_path / "cost.png")
 
 
 def test_failures_and_inexactness_of_ours_are_complaints():
