@@ -397,6 +397,23 @@ def test_two_processes_count_the_same_as_one(tmp_path):
     assert counts(tmp_path / "of-2").sum() > 0
 
 
+LEFT_AT_WORK = """
+import torch
+from torch import distributed
+from fsa.evaluation import processes
+
+store = distributed.HashStore()
+distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+distributed.all_gather([torch.zeros(10**7)], torch.zeros(10**7), async_op=True)
+processes.stop()
+"""
+
+
+def test_leaving_a_group_whose_threads_hold_tensors():
+    """Under torch 2.6 a run in several processes had its result, and now and then did not end."""
+    subprocess.run([sys.executable, "-c", LEFT_AT_WORK], env=environment(), check=True, timeout=60)
+
+
 def test_resizing_rounds_and_does_not_smooth():
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     image[:, ::2] = 255

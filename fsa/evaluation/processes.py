@@ -67,7 +67,14 @@ def start() -> Group:
 def stop() -> None:
     """Leaves the group, if there is one."""
     if distributed.is_available() and distributed.is_initialized():
+        # Ending a group waits for gloo's threads, and these may wait for Python's lock to let go
+        # of a tensor. Before torch 2.8 a group keeps the lock while it ends, for ever then; its
+        # backend gives the lock up, so there the backend has to be what ends last.
+        backend = None
+        if torch.__version__ < (2, 8):
+            backend = distributed.group.WORLD._get_backend(torch.device("cpu"))
         distributed.destroy_process_group()
+        del backend
 
 
 def current() -> Group:
