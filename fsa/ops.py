@@ -547,14 +547,14 @@ def _check_tensor(
 ) -> None:
     if not isinstance(tensor, Tensor):
         raise InputError(f"{name} must be a tensor {layout}, not {type(tensor).__name__}")
-    accepted = ranks or (layout.split(")")[0].count(",") + 1,)
+    accepted = ranks or (layout.partition(")")[0].count(",") + 1,)
     if tensor.ndim not in accepted:
         raise InputError(f"{name} must be {layout}; it has shape {tuple(tensor.shape)}")
     if tensor.dtype not in _FLOATS:
         raise InputError(
             f"{name} has dtype {tensor.dtype}; accepted are float16, bfloat16, float32 and float64"
         )
-    if any(size == 0 for size in tensor.shape):
+    if tensor.numel() == 0:
         raise InputError(f"{name} is empty: it has shape {tuple(tensor.shape)}")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise InputError(
@@ -672,6 +672,10 @@ _pytree.register_pytree_node(
 )
 
 
+# torch.export loads a saved program's configuration again.
+torch.serialization.add_safe_globals([FSAConfig])
+
+
 _OPTIONS = (
     "float beta, float confidence, float logit_scale, float uniform_logit_scale, "
     "str similarity, str? pruning, float ratio, float threshold, bool scaling, str precision"
@@ -683,8 +687,18 @@ def _op_options(config: FSAConfig) -> tuple[Any, ...]:
     """The fields of a configuration that the ops take, in the order of `_OPTIONS`."""
     # All of the distribution is kept for p = 1: a cumulative sum must not round past it.
     everything = config.confidence == 1 and config.pruning == "confidence"
-    changed = {"pruning": None} if everything else {}
-    return tuple(changed.get(name, getattr(config, name)) for name in _OPTION_NAMES)
+    return (
+        config.beta,
+        config.confidence,
+        config.logit_scale,
+        config.uniform_logit_scale,
+        config.similarity,
+        None if everything else config.pruning,
+        config.ratio,
+        config.threshold,
+        config.scaling,
+        config.precision,
+    )
 
 
 def _checked_options(

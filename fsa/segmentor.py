@@ -161,6 +161,11 @@ class Segmentor:
         self.config = _resolve_feedback(feedback, vfm, loaded.name)
         self._feedback = feedback
         self._text = text
+        # Made once, on the device: a copy from the host would wait for it in every picture.
+        self._mean, self._std = (
+            torch.tensor(channels, device=loaded.device)[:, None, None]
+            for channels in (loaded.mean, loaded.std)
+        )
 
     def with_feedback(self, feedback: bool | FSAConfig) -> Segmentor:
         """The same models with another configuration of feedback."""
@@ -457,9 +462,7 @@ class Segmentor:
 
     def normalise(self, image: Tensor) -> Tensor:
         """A picture (3,h,w) in [0, 1] as CLIP takes it, by its mean and deviation."""
-        mean = torch.tensor(self.loaded.mean, device=image.device)[:, None, None]
-        std = torch.tensor(self.loaded.std, device=image.device)[:, None, None]
-        return (image - mean) / std
+        return (image - self._mean.to(image.device)) / self._std.to(image.device)
 
     def window_cosines(self, crops: Tensor, queries: TextQueries) -> Iterator[Tensor]:
         """Cosines (Q,h,w) of each of the windows (B,3,h,w), upsampled to their size.

@@ -323,7 +323,7 @@ def _onednn_product(weights: Tensor, columns: Tensor) -> Tensor:
 
 def proxy_prepare(features: Tensor, *, shift: float) -> tuple[Tensor, Tensor]:
     """What all applications of ProxyCLIP's attention share: unit features and the threshold."""
-    unit = functional.normalize(_widen(features), dim=-1)
+    unit = functional.normalize(_widen(features).contiguous(), dim=-1)
     # mean_ij(x_i . x_j) = |mean_i x_i|^2: the threshold needs no N x N matrix.
     return unit, shift * unit.mean(dim=1).square().sum(dim=-1)
 

@@ -150,10 +150,9 @@ def gather(
     gathered = value.new_empty((B, N + 1, D))
     columns = value.new_empty((B, N, 2 * D if before and (after or only) else D))
     plan = launch.gather()
-    means = triton.cdiv(D, plan.constants["MEAN_COLUMNS"])
-    tiles = triton.cdiv(N, plan.constants["BLOCK_N"]) * triton.cdiv(D, plan.constants["BLOCK_D"])
+    programs = plan.blocks(MEAN_COLUMNS=D) + plan.blocks(BLOCK_N=N, BLOCK_D=D)
     with launch.on_device(value):
-        _gather_kernel[(means + tiles, B)](
+        _gather_kernel[(programs, B)](
             value,
             attended,
             gathered,

@@ -434,10 +434,7 @@ class Feedback:
             limit = max(1, math.floor(options.ratio * N))
         with launch.on_device(S):
             plan = launch.similarity(N)
-            tiles = triton.cdiv(count, plan.constants["BLOCK_M"]) * triton.cdiv(
-                N, plan.constants["BLOCK_N"]
-            )
-            _similarity_kernel[(B * tiles,)](
+            _similarity_kernel[(B * plan.blocks(BLOCK_M=count, BLOCK_N=N),)](
                 halves,
                 h,
                 S,

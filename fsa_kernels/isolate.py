@@ -450,7 +450,7 @@ def isolate(patch_logits: Tensor, uniform_logits: Tensor | None, *, cosine: bool
     uniform = patch_logits if uniform_logits is None else uniform_logits.expand_as(patch_logits)
     plan = launch.isolate(C)
     with launch.on_device(patch_logits):
-        _isolate_kernel[(B * triton.cdiv(N, plan.constants["BLOCK_N"]),)](
+        _isolate_kernel[(B * plan.blocks(BLOCK_N=N),)](
             patch_logits,
             uniform,
             operands.halves,
@@ -494,7 +494,7 @@ def predict(
     uniform = features if uniform_features is None else uniform_features
     form = _NONE if uniform_features is None else _ONE if uniform.shape[1] == 1 else _EACH
     plan = launch.predict(C, features.dtype)
-    programs = B * triton.cdiv(N, plan.constants["BLOCK_N"])
+    programs = B * plan.blocks(BLOCK_N=N)
     rows = (plan.constants["BLOCK_N"] + _SAMPLES) * (2 if form == _EACH else 1)
     logits = torch.empty((programs, rows, padded_C), dtype=torch.float32, device=features.device)
     with launch.on_device(features):

@@ -258,7 +258,7 @@ def prepare(features: Tensor, *, shift: float, gain: float, stored: bool) -> Sta
     )
     padded_F = unit.shape[-1]
     rows = launch.normalise(F)
-    blocks = triton.cdiv(N, rows.constants["BLOCK_N"])
+    blocks = rows.blocks(BLOCK_N=N)
     sums = level.new_empty((B * blocks, padded_F))
     with launch.on_device(features):
         _normalise_kernel[(B * blocks,)](
@@ -353,7 +353,7 @@ def _weights(
     weights = torch.empty((B, rows, padded_N), dtype=dtype, device=unit.device)
     masses = torch.empty((B, tiles_n, rows), dtype=torch.float32, device=unit.device)
     with launch.on_device(unit):
-        _affinity_kernel[(B * triton.cdiv(rows, plan.constants["BLOCK_M"]) * tiles_n,)](
+        _affinity_kernel[(B * plan.blocks(BLOCK_M=rows, BLOCK_N=N),)](
             unit,
             level,
             weights,
@@ -387,10 +387,9 @@ def _apply(
     rows = weights.shape[1]
     wanted = min(rows, out.shape[1] - first_row)
     plan = launch.apply_affinity(B * N, D, value.dtype, gather=columns is not None)
-    tiles_m = triton.cdiv(wanted, plan.constants["BLOCK_M"])
     after, before, only = terms
     with launch.on_device(value):
-        _apply_kernel[(B * tiles_m * triton.cdiv(D, plan.constants["BLOCK_D"]),)](
+        _apply_kernel[(B * plan.blocks(BLOCK_M=wanted, BLOCK_D=D),)](
             weights,
             masses,
             value,

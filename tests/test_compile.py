@@ -221,6 +221,7 @@ OP_INPUTS = {
     "fsa::proxy_prepare": [
         (LOGITS, 1.2, 3.0, False, "torch"),
         (LOGITS[:, ::2].half(), 0.5, 1.0, False, "torch"),
+        (LOGITS.mT, 1.2, 3.0, False, "torch"),
         (LOGITS, 1.2, 3.0, False, "triton"),
         (LOGITS.half(), 1.2, 3.0, True, "triton"),
     ],
