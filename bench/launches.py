@@ -1,6 +1,6 @@
 """Counts what a segmentor's forward launches on a GPU, op by op, without a GPU.
 
-    python -m bench launches [--hosts NAME,...] [--backbone NAME] [--side PIXELS]
+    python -m bench launches [--hosts NAME,...] [--backbone NAME] [--side PIXELS] [--out FILE]
 
 Models and tensors that exist in name only, on a device "cuda", go through the forward; every op on
 the way is written down, and inside this library's own ops every kernel. An op of PyTorch's counts
@@ -15,9 +15,11 @@ count with its name: such a forward cannot be captured in a CUDA graph.
 from __future__ import annotations
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -137,7 +139,12 @@ def _pretended_gpu() -> Iterator[None]:
     """Tensors made inside exist in name only, on a GPU that the kernels run on."""
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
-        for name, value in (("get_device_capability", _CAPABILITY), ("device", nullcontext())):
+        pretended = {
+            "get_device_capability": _CAPABILITY,
+            "current_device": DEVICE.index,
+            "device": nullcontext(),
+        }
+        for name, value in pretended.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, return_value=value))
         yield
 
@@ -265,6 +272,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--hosts", default=every, help="default: all")
     parser.add_argument("--backbone", default="ViT-B/16", help="default ViT-B/16")
     parser.add_argument("--side", type=int, default=336, help="of the window; default 336")
+    parser.add_argument("--out", type=Path, help="writes the counts as JSON, for the tables")
     options = parser.parse_args(arguments[1:])
     counts = {}
     for host in options.hosts.split(","):
@@ -272,4 +280,14 @@ def main(arguments: Sequence[str]) -> int:
         off, on = (launches(host, visual, vfm, mode, side=options.side) for mode in (False, True))
         counts[host] = (off, on)
     print(report(counts))
+    if options.out is not None:
+        record = {
+            "command": " ".join(["python -m bench", *arguments]),
+            "backbone": options.backbone,
+            "side": options.side,
+            "hosts": {
+                host: {"off": dict(off), "on": dict(on)} for host, (off, on) in counts.items()
+            },
+        }
+        options.out.write_text(json.dumps(record, indent=1) + "\n")
     return 0

@@ -14,7 +14,7 @@ Record = dict[str, Any]
 
 
 def load(name: str, folder: Path = RESULTS) -> Record | None:
-    """The results of "cpu" or "gpu", or None where nothing was measured."""
+    """The results of "cpu", "gpu" or "launches", or None where nothing was measured."""
     file = folder / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else None
 

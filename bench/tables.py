@@ -183,7 +183,7 @@ def host_numerics_table(record: Record | None) -> str:
     return f"{_table(header, lines)}\n\n{_caption(record, note, times=False)}"
 
 
-def marks_table(record: Record | None) -> str:
+def marks_table(record: Record | None, launches: Record | None = None) -> str:
     """What is promised on an H200 and what was measured."""
     lines = [
         [
@@ -192,12 +192,27 @@ def marks_table(record: Record | None) -> str:
             _number(mark.value, mark.unit),
             mark.verdict,
         ]
-        for mark in marks(record)
+        for mark in marks(record, launches)
     ]
     table = _table(["mark", "limit", "measured", ""], lines)
     if record is None:
         return table
     return f"{table}\n\n{_caption(record, 'op rows: the work of the device, from a CUDA graph')}"
+
+
+def launches_table(record: Record | None) -> str:
+    """How many launches a forward makes on a GPU, as counted without one."""
+    if record is None:
+        return NOT_MEASURED
+    lines = []
+    for host, counts in record["hosts"].items():
+        off, on = (sum(counts[mode].values()) for mode in ("off", "on"))
+        lines.append([host, str(off), str(on), str(on - off)])
+    caption = (
+        f"{record['backbone']}, window {record['side']}, float16, counted op by op without a GPU, "
+        f"`{record['command']}`."
+    )
+    return f"{_table(['host', 'alone', 'with FSA', 'FSA adds'], lines)}\n\n{caption}"
 
 
 def paper_table() -> str:
@@ -288,11 +303,19 @@ def _not_begun(record: Record | None) -> str:
     return "Not begun when the budget ended: " + "; ".join(record["not_begun"]) + "."
 
 
-def tables(cpu: Record | None, gpu: Record | None) -> dict[str, str]:
-    """marker -> Markdown."""
+def tables(
+    cpu: Record | None, gpu: Record | None, launches: Record | None = None
+) -> dict[str, str]:
+    """marker -> Markdown.
+
+    Args:
+        cpu, gpu: what `python -m bench cpu` and `gpu` wrote.
+        launches: what `python -m bench launches` did.
+    """
     made = {
         "paper": paper_table(),
-        "marks": marks_table(gpu),
+        "launches": launches_table(launches),
+        "marks": marks_table(gpu, launches),
         # On the GPU where it was measured.
         "hosts": host_table(gpu or cpu),
         "pictures": picture_table(gpu or cpu),
@@ -338,7 +361,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.parse_args(arguments[1:])
     cpu, gpu = data.load("cpu"), data.load("gpu")
-    made = tables(cpu, gpu)
+    made = tables(cpu, gpu, data.load("launches"))
     for file in (README, PAGE, MODEL_CARD):
         file.write_text(fill(file.read_text(), made))
     try:
