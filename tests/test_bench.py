@@ -763,7 +763,7 @@ def test_what_was_not_measured_is_called_that():
 @pytest.mark.parametrize("file", [tables.README, tables.PAGE], ids=lambda file: file.name)
 def test_committed_tables_are_those_of_the_committed_results(file):
     text = file.read_text()
-    made = tables.tables(results_data.load("cpu"), results_data.load("gpu"))
+    made = tables.tables(*map(results_data.load, ("cpu", "gpu", "launches")))
     assert "<!-- table " in text
     assert tables.fill(text, made) == text
 

@@ -10,7 +10,7 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch.nn import functional
 
-from bench import launches
+from bench import launches, results_data
 from bench.model_rows import clip_segmentor
 from fsa import hosts
 from fsa.vfm import load_vfm
@@ -150,6 +150,14 @@ def test_what_feedback_adds_is_said_op_by_op():
     text = launches.report({"someclip": (off, on)})
     assert text.splitlines()[1].split() == ["someclip", "3", "5", "2"]
     assert "   -1 b" in text
+
+
+def test_the_committed_counts_are_the_present_ones():
+    committed = results_data.load("launches")["hosts"]
+    assert {
+        host: tuple(sum(counts[mode].values()) for mode in ("off", "on"))
+        for host, counts in committed.items()
+    } == {host: (off, off + added) for host, (off, added) in COUNTS.items()}
 
 
 def test_an_op_that_cannot_be_opened_is_named(monkeypatch):
