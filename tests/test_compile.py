@@ -160,9 +160,16 @@ def test_a_host_of_a_users_function():
         assert relative_error(run(images, text, config=CONFIG), expected) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=needs_cpp)])
-def test_the_segmentor(backend):
-    segmentor = fsa.load_segmentor(host="proxyclip")
+@pytest.mark.parametrize(
+    ("backend", "host"),
+    [
+        ("eager", "proxyclip"),
+        # The default host: C++ of ProxyCLIP's takes twice as long, and is tested above.
+        pytest.param("inductor", "clearclip", marks=needs_cpp),
+    ],
+)
+def test_the_segmentor(backend, host):
+    segmentor = fsa.load_segmentor(host=host)
     run = compiled(segmentor.forward, backend)
     # The first is not square: PyTorch takes sizes that are equal at first to be always equal.
     for B, height, width, C in ((2, 64, 112, 5), (3, 96, 96, 7), (2, 224, 224, 7)):
