@@ -145,10 +145,11 @@ def feedback_step(
     value: Tensor,
     patch_logits: Tensor,
     uniform_logits: Tensor | None,
-    attention: Tensor | Callable[[Tensor], Tensor] | AttentionStep | None,
+    attention: Tensor | Callable[[Tensor], Tensor] | None,
     *,
     text_features: Tensor | None = None,
     attended: Tensor | None = None,
+    step: AttentionStep | None = None,
     config: FSAConfig | None = None,
     backend: str = "auto",
     stream: bool | None = None,
@@ -162,8 +163,9 @@ def feedback_step(
         value: V (B,H,N,d).
         patch_logits, uniform_logits, text_features: as `feedback_attention` takes them; their type
             may be another than that of `value`.
-        attention, attended: as `adapt` takes them; or an `AttentionStep`, which has gathered
-            what it needs of both.
+        attention, attended: as `adapt` takes them.
+        step: what has gathered all that is needed of `attention` and `attended`, which are not
+            looked at then.
         config: default `FSAConfig()`.
         backend: "auto", "triton" or "torch".
         stream: True never keeps A_f, False always does; None goes by its size.
@@ -195,7 +197,7 @@ def feedback_step(
             dtype=value.dtype,
             backend=backend,
         )
-        if not isinstance(attention, AttentionStep):
+        if step is None:
             return adapt(
                 value, feedback, attention, attended=attended, config=config, backend=backend
             )
@@ -209,8 +211,8 @@ def feedback_step(
                 *predictions, columns, *_op_options(config), chosen.backend
             )
 
-    if isinstance(attention, AttentionStep):
-        return attention.adapted(apply_feedback)
+    if step is not None:
+        return step.adapted(apply_feedback)
     _check_attention(value, attention, attended)
     inputs = {}
     if attention is not None and not callable(attention):

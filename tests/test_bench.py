@@ -604,7 +604,7 @@ def test_the_whole_run_on_a_gpu_from_rows_to_plots(
 
     record = results_data.load("gpu", tmp_path)
     assert all(mark.value is not None and mark.verdict for mark in marks.marks(record))
-    made = tables.tables(None, record)
+    made = tables.tables(None, record, results_data.load("launches"))
     about_gpu = {name: text for name, text in made.items() if "cpu" not in name}
     assert [name for name, text in about_gpu.items() if text == tables.NOT_MEASURED] == []
     assert "failed" not in "".join(about_gpu.values())

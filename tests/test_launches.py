@@ -16,6 +16,11 @@ from fsa import hosts
 from fsa.vfm import load_vfm
 from fsa.vision import Tower
 
+if torch.__version__ < (2, 11):
+    # Of torch 2.6 tensors that exist in name only look for a GPU, and Triton 3.2's interpreted
+    # kernels cannot be told apart from others.
+    pytest.skip("launches are counted with torch 2.11 or newer", allow_module_level=True)
+
 SIDE = 32
 # Launches of the host alone, and how many feedback adds.
 COUNTS = {

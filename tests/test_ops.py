@@ -266,6 +266,8 @@ def test_a_step_of_the_proxy_is_a_step_with_its_attention(
     assert step.gathered.shape == (2, 3, 7, 5)
     torch.testing.assert_close(step.gathered[:, :, :-1], step(VALUE))
     torch.testing.assert_close(step.gathered[:, :, -1], VALUE.mean(dim=2))
-    adapted = fsa.feedback_step(VALUE, LOGITS, None, step, config=config, backend=backend)
+    adapted = fsa.feedback_step(
+        VALUE, LOGITS, None, None, step=step, config=config, backend=backend
+    )
     expected = fsa.feedback_step(VALUE, LOGITS, None, lambda x: step(x), config=config)
     torch.testing.assert_close(adapted, expected, rtol=1e-4, atol=1e-5)

@@ -104,7 +104,8 @@ def test_the_attention_that_is_shown_is_the_one_that_is_applied(segmentor, evalu
     crops = evaluator.crops(picture)[:2]
     module = evaluator.hosts[host]
     vfm_features = evaluator.vfm(crops) if module.needs_vfm else None
-    attention = module.attention(module.tower.trunk(crops), crops, vfm_features)
+    config = segmentor.with_host(host).config
+    attention = module.attention(module.tower.trunk(crops), crops, vfm_features, config)
     matrix = attention_matrix(attention)
     # Values that are the same in every head see the mean over the heads.
     value = attention.value.mean(dim=1, keepdim=True).expand_as(attention.value)
@@ -112,7 +113,6 @@ def test_the_attention_that_is_shown_is_the_one_that_is_applied(segmentor, evalu
     applied = apply(value) - apply(torch.zeros_like(value))
     torch.testing.assert_close(applied.mean(dim=1), matrix @ value[:, 0], atol=1e-4, rtol=1e-4)
 
-    config = segmentor.with_host(host).config
     queries = evaluator.text(["cat", "grass", "brick"])
     seen = attentions(module, crops, queries, vfm_features=vfm_features, config=config)
     plain = module.features(crops, queries, vfm_features=vfm_features, config=config)

@@ -26,20 +26,19 @@ class LastAttention:
         attended: A V (B,H,N,d).
         mean_value: (B,H,1,d), V under uniform attention over everything the host attends to; None
             where no feedback follows.
-        gathered: (B,H,N+1,d), the last two one after the other, where they lie so already.
+        step: what has gathered the above for the feedback that follows, or None.
     """
 
     value: Tensor
     apply: Callable[[Tensor], Tensor] | None
     attended: Tensor
     mean_value: Tensor | None
-    gathered: Tensor | None = None
+    step: ops.AttentionStep | None = None
 
     @classmethod
     def of_step(cls, value: Tensor, step: ops.AttentionStep) -> LastAttention:
         """Of values V (B,H,N,d) of patches and what a step has gathered."""
-        gathered = step.gathered
-        return cls(value, step, gathered[:, :, :-1], gathered[:, :, -1:], gathered)
+        return cls(value, step, step.gathered[:, :, :-1], step.gathered[:, :, -1:], step)
 
 
 def adapted_heads(
@@ -69,9 +68,10 @@ def adapted_heads(
     if not config.isolation:
         first = tail(heads)
     else:
-        both = attention.gathered
-        if both is None:
+        if attention.step is None:
             both = torch.cat([heads, attention.mean_value], dim=2)
+        else:
+            both = attention.step.gathered
         both, N = tail(both), heads.shape[2]
         first, uniform = both[:, :N], both[:, N:]
     for number in range(config.iterations):
@@ -85,6 +85,7 @@ def adapted_heads(
             attention.apply,
             text_features=text_features,
             attended=attention.attended,
+            step=attention.step,
             config=config,
             backend=backend,
         )
