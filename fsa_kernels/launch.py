@@ -155,8 +155,9 @@ def normalise(F: int) -> Launch:
 
 @lru_cache(maxsize=256)
 def level(F: int) -> Launch:
-    """The threshold of each image."""
-    return Launch({"BLOCK_F": min(1024, max(32, next_power_of_2(F)))}, num_warps=4)
+    """The threshold of each image: 64 values a thread at once."""
+    block_f = min(1024, max(64, next_power_of_2(F)))
+    return Launch({"BLOCK_B": 32, "BLOCK_F": block_f}, num_warps=block_f // 64)
 
 
 @lru_cache(maxsize=256)

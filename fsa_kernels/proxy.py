@@ -80,15 +80,27 @@ def _normalise_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "blocks"])
-def _level_kernel(sums_ptr, level_ptr, N, blocks, shift, padded_F, BLOCK_F: tl.constexpr):
+def _level_kernel(
+    sums_ptr,
+    level_ptr,
+    N,
+    blocks,
+    shift,
+    padded_F,
+    BLOCK_B: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
     b = tl.program_id(0).to(tl.int64)
     square = 0.0
     for start in range(0, padded_F, BLOCK_F):
         f = start + tl.arange(0, BLOCK_F)
         total = tl.zeros((BLOCK_F,), tl.float32)
-        for block in range(0, blocks):
-            sums = sums_ptr + (b * blocks + block) * padded_F + f
-            total += tl.load(sums, mask=f < padded_F, other=0.0)
+        # Many sums at once: one program waits for each of its loads.
+        for first in range(0, blocks, BLOCK_B):
+            block = first + tl.arange(0, BLOCK_B)
+            sums = sums_ptr + (b * blocks + block)[:, None] * padded_F + f[None, :]
+            mask = (block < blocks)[:, None] & (f < padded_F)[None, :]
+            total += tl.sum(tl.load(sums, mask=mask, other=0.0), axis=0)
         mean = total / N
         square += tl.sum(mean * mean, axis=0)
     tl.store(level_ptr + b, shift * square)
