@@ -136,19 +136,17 @@ def variants() -> Iterator[Variant]:
                 COSINE=False,
                 SAMPLES=isolate._SAMPLES,
             )
-        for plan in _distinct(launch.predict(C, dtype) for C in (21, 171)):
-            for form, label_of_form in ((isolate._ONE, ""), (isolate._EACH, ", each")):
-                yield variant(
-                    f"predict C{'<=' if plan.constants['BLOCK_C'] == 32 else '>'}32{label_of_form} "
-                    f"{label}",
-                    isolate._predict_kernel,
-                    {"x_ptr": pointer, "u_ptr": pointer, "text_ptr": "*fp32"}
-                    | {"logits_ptr": "*fp32", "operands_ptr": "*fp16", "h_ptr": "*fp32"},
-                    plan,
-                    UNIFORM=form,
-                    COSINE=False,
-                    SAMPLES=isolate._SAMPLES,
-                )
+        for form, uniform in (("predict", isolate._ONE), ("predict, each", isolate._EACH)):
+            yield variant(
+                f"{form} {label}",
+                isolate._predict_kernel,
+                {"x_ptr": pointer, "u_ptr": pointer, "text_ptr": "*fp32"}
+                | {"logits_ptr": "*fp32", "operands_ptr": "*fp16", "h_ptr": "*fp32"},
+                launch.predict(),
+                UNIFORM=uniform,
+                COSINE=False,
+                SAMPLES=isolate._SAMPLES,
+            )
     for N, sizes in ((512, "N<=512"), (1024, "N<=1024"), (4096, "N>1024")):
         for exact in (True, False):
             yield variant(

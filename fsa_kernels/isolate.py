@@ -493,7 +493,7 @@ def predict(
     padded_C = operands.halves.shape[-1]
     uniform = features if uniform_features is None else uniform_features
     form = _NONE if uniform_features is None else _ONE if uniform.shape[1] == 1 else _EACH
-    plan = launch.predict(C, features.dtype)
+    plan = launch.predict()
     programs = B * plan.blocks(BLOCK_N=N)
     rows = (plan.constants["BLOCK_N"] + _SAMPLES) * (2 if form == _EACH else 1)
     logits = torch.empty((programs, rows, padded_C), dtype=torch.float32, device=features.device)
