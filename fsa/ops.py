@@ -30,7 +30,7 @@ _TRITON_FLOATS = _FLOATS[:3]
 _OLDEST_TENSOR_CORES = (8, 0)
 
 # What A_f may take while it is made, at 4 bytes an entry, before `feedback_step` streams: N = 11585
-# for one image, N = 1831 for 40.
+# for one image, N = 1831 for 40. And what ProxyCLIP's attention may take, as a matrix.
 _STORED_BYTES = 1 << 29
 
 
@@ -187,7 +187,6 @@ def feedback_step(
         )
     if stream is None:
         stream = 4 * B * N * N > _STORED_BYTES
-    predictions = (patch_logits, uniform_logits if config.isolation else None, text_features)
     if not stream:
         feedback = feedback_attention(
             patch_logits,
@@ -205,6 +204,8 @@ def feedback_step(
     else:
         chosen = _choose(patch_logits.device, patch_logits.dtype, backend)
         _check_result_type(value.dtype, chosen.backend)
+        uniform_logits = uniform_logits if config.isolation else None
+        predictions = (patch_logits, uniform_logits, text_features)
 
         def apply_feedback(columns: Tensor) -> Tensor:
             return torch.ops.fsa.apply_feedback(
@@ -688,19 +689,9 @@ _OPTION_NAMES = tuple(option.split()[1] for option in _OPTIONS.split(", "))
 def _op_options(config: FSAConfig) -> tuple[Any, ...]:
     """The fields of a configuration that the ops take, in the order of `_OPTIONS`."""
     # All of the distribution is kept for p = 1: a cumulative sum must not round past it.
-    everything = config.confidence == 1 and config.pruning == "confidence"
-    return (
-        config.beta,
-        config.confidence,
-        config.logit_scale,
-        config.uniform_logit_scale,
-        config.similarity,
-        None if everything else config.pruning,
-        config.ratio,
-        config.threshold,
-        config.scaling,
-        config.precision,
-    )
+    if config.confidence == 1 and config.pruning == "confidence":
+        config = config.replace(pruning=None)
+    return tuple([getattr(config, name) for name in _OPTION_NAMES])
 
 
 def _checked_options(
@@ -803,8 +794,8 @@ def _gather(value, attended, after, before, only, scale, backend):
 @_gather.register_fake
 def _(value, attended, after, before, only, *_):
     B, H, N, d = attended.shape
-    halves = 2 if before and (after or only) else 1
-    return value.new_empty((B, N + 1, H * d)), value.new_empty((B, N, halves * H * d))
+    shapes = launch.gathered(B, N, H * d, after=after, before=before, only=only)
+    return tuple(value.new_empty(shape) for shape in shapes)
 
 
 @torch.library.custom_op(
@@ -874,6 +865,5 @@ def _proxy_gather(first, second, value, gain, after, before, only, scale, backen
 
 @_proxy_gather.register_fake
 def _(first, second, value, gain, after, before, only, *_):
-    B, N, D = value.shape
-    halves = 2 if before and (after or only) else 1
-    return value.new_empty((B, N + 1, D)), value.new_empty((B, N, halves * D))
+    shapes = launch.gathered(*value.shape, after=after, before=before, only=only)
+    return tuple(value.new_empty(shape) for shape in shapes)

@@ -17,6 +17,39 @@ from fsa_kernels import launch
 
 
 @triton.jit
+def columns_width(D, AFTER: tl.constexpr, BEFORE: tl.constexpr, ONLY: tl.constexpr):
+    """How many columns A_f is multiplied with, in int64; see `launch.gathered`."""
+    return tl.cast(D, tl.int64) * (2 if BEFORE and (AFTER or ONLY) else 1)
+
+
+@triton.jit
+def write_columns(
+    columns,
+    n,
+    c,
+    mask,
+    attended,
+    own,
+    D,
+    scale,
+    AFTER: tl.constexpr,
+    BEFORE: tl.constexpr,
+    ONLY: tl.constexpr,
+):
+    """Rows n of an image's columns, from columns c of A V and of V (float32), scaled."""
+    to_type = columns.dtype.element_ty
+    width = columns_width(D, AFTER, BEFORE, ONLY)
+    out = columns + n.to(tl.int64)[:, None] * width + c[None, :]
+    if AFTER or ONLY:
+        first = attended if AFTER else own
+        if AFTER and ONLY:
+            first += own
+        tl.store(out, (first * scale).to(to_type), mask=mask)
+    if BEFORE:
+        tl.store(out + (width - D), (own * scale).to(to_type), mask=mask)
+
+
+@triton.jit
 def _columns_of_heads(c, d, stride_h, stride_d):
     """Offsets of columns c of heads side by side, each of width d."""
     return (c // d).to(tl.int64) * stride_h + (c % d).to(tl.int64) * stride_d
@@ -109,17 +142,10 @@ def _gather_kernel(
     attended += _columns_of_heads(c, d, stride_ah, stride_ad)[None, :]
     attended = tl.load(attended, mask=mask, other=0.0)
     tl.store(gathered + n[:, None] * wide + c[None, :], attended, mask=mask)
-    halves: tl.constexpr = 2 if BEFORE and (AFTER or ONLY) else 1
-    out = columns_ptr + (b * N + n)[:, None] * (halves * wide) + c[None, :]
-    to_type = columns_ptr.dtype.element_ty
-    own = v.to(tl.float32) * scale
-    if AFTER or ONLY:
-        first = attended.to(tl.float32) * scale if AFTER else own
-        if AFTER and ONLY:
-            first += own
-        tl.store(out, first.to(to_type), mask=mask)
-    if BEFORE:
-        tl.store(out + (halves - 1) * wide, own.to(to_type), mask=mask)
+    columns = columns_ptr + b * N * columns_width(D, AFTER, BEFORE, ONLY)
+    own = v.to(tl.float32)
+    attended = attended.to(tl.float32)
+    write_columns(columns, n, c, mask, attended, own, D, scale, AFTER, BEFORE, ONLY)
 
 
 def gather(
@@ -147,8 +173,8 @@ def gather(
     """
     B, H, L, d = value.shape
     N, D = attended.shape[2], H * d
-    gathered = value.new_empty((B, N + 1, D))
-    columns = value.new_empty((B, N, 2 * D if before and (after or only) else D))
+    shapes = launch.gathered(B, N, D, after=after, before=before, only=only)
+    gathered, columns = (value.new_empty(shape) for shape in shapes)
     plan = launch.gather()
     programs = plan.blocks(MEAN_COLUMNS=D) + plan.blocks(BLOCK_N=N, BLOCK_D=D)
     with launch.on_device(value):

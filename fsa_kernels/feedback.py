@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fsa_kernels import isolate, launch
 from fsa_kernels.isolate import SCALE
+from fsa_kernels.tiles import tile_at
 
 _PRUNINGS = {"confidence": 0, "ratio": 1, "threshold": 2, None: 3}
 
@@ -61,13 +62,8 @@ def _similarity_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # The rows from `first_row` on of every image; they lie from row 0 on in the workspace.
-    tiles_m = tl.cdiv(rows, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0) % (tiles_m * tiles_n)
-    b = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
-    place = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, place, j = tile_at(rows, N, BLOCK_M, BLOCK_N)
     i = first_row + place
-    j = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     to_next = tl.cast(stride_operand, tl.int64)
     left = operands_ptr + (b * N + i)[:, None] * padded_C + k[None, :]

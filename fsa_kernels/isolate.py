@@ -375,7 +375,7 @@ def _predict_kernel(
             is_sample[:, None],
             u_image + r * 0,
             (r < 0)[:, None],
-            tl.where(is_sample, uniform_scale, uniform_scale),
+            uniform_scale,
             stride_ue,
             stride_ue,
             text_ptr,

@@ -31,6 +31,8 @@ from torch import Tensor
 
 import fsa_kernels
 from fsa_kernels import launch
+from fsa_kernels.columns import columns_width, write_columns
+from fsa_kernels.tiles import tile_at
 
 # How many partial sums of a row are loaded at once.
 _PARTS: tl.constexpr = tl.constexpr(16)
@@ -125,13 +127,8 @@ def _affinity_kernel(
 ):
     # The rows from `first_row` on of every image; they lie from row 0 on in the workspace. A row
     # after the last patch's is uniform.
-    tiles_m = tl.cdiv(rows, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    tile = tl.program_id(0) % (tiles_m * tiles_n)
-    b = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
-    place = (tile // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, place, j = tile_at(rows, N, BLOCK_M, BLOCK_N)
     i = first_row + place
-    j = (tile % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     f = tl.arange(0, BLOCK_F)
     inside = ((place < rows) & (i < N))[:, None]
     x_i = unit_ptr + (b * N + i)[:, None] * padded_F + f[None, :]
@@ -150,7 +147,8 @@ def _affinity_kernel(
     out = weights_ptr + (b * rows + place)[:, None] * padded_N + j[None, :]
     tl.store(out, weight, mask=(place < rows)[:, None])
     mass = tl.sum(weight.to(tl.float32), axis=1)
-    masses = masses_ptr + (b * tiles_n + tile % tiles_n) * rows + place
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    masses = masses_ptr + (b * tiles_n + tl.program_id(0) % tiles_n) * rows + place
     tl.store(masses, mass, mask=place < rows)
 
 
@@ -187,13 +185,8 @@ def _apply_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    tiles_m = tl.cdiv(wanted, BLOCK_M)
-    tiles_d = tl.cdiv(D, BLOCK_D)
-    tile = tl.program_id(0) % (tiles_m * tiles_d)
-    b = (tl.program_id(0) // (tiles_m * tiles_d)).to(tl.int64)
-    place = (tile // tiles_d) * BLOCK_M + tl.arange(0, BLOCK_M)
+    b, place, d = tile_at(wanted, D, BLOCK_M, BLOCK_D)
     i = first_row + place
-    d = (tile % tiles_d) * BLOCK_D + tl.arange(0, BLOCK_D)
     wide = (d < D)[None, :]
     weights = weights_ptr + (b * rows + place)[:, None] * padded_N + tl.arange(0, BLOCK_N)[None, :]
     v_image = v_ptr + b * stride_vb + d.to(tl.int64)[None, :] * stride_vd
@@ -227,17 +220,9 @@ def _apply_kernel(
     out = out_ptr + (b * (N + 1 if GATHER else N) + i)[:, None] * D + d[None, :]
     tl.store(out, result.to(out_ptr.dtype.element_ty), mask=inside & wide)
     if GATHER:
-        to_type = columns_ptr.dtype.element_ty
-        halves = 2 if BEFORE and (AFTER or ONLY) else 1
-        columns = columns_ptr + (b * N + i)[:, None] * (halves * tl.cast(D, tl.int64)) + d[None, :]
-        if AFTER or ONLY:
-            first = result if AFTER else own.to(tl.float32)
-            if AFTER and ONLY:
-                first += own.to(tl.float32)
-            tl.store(columns, (first * scale).to(to_type), mask=mine)
-        if BEFORE:
-            beside = columns + (halves - 1) * D
-            tl.store(beside, (own.to(tl.float32) * scale).to(to_type), mask=mine)
+        columns = columns_ptr + b * N * columns_width(D, AFTER, BEFORE, ONLY)
+        own = own.to(tl.float32)
+        write_columns(columns, i, d, mine, result, own, D, scale, AFTER, BEFORE, ONLY)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -295,14 +280,7 @@ def apply(state: State, value: Tensor, *, gain: float, add: Tensor | None = None
 
 
 def gather(
-    state: State,
-    value: Tensor,
-    *,
-    gain: float,
-    after: bool,
-    before: bool,
-    only: bool,
-    scale: float,
+    state: State, value: Tensor, *, gain: float, scale: float, **terms: bool
 ) -> tuple[Tensor, Tensor]:
     """The first half of a feedback step: what the tail takes, and what A_f is multiplied with.
 
@@ -310,33 +288,18 @@ def gather(
         state: of `prepare`.
         value: V (B,N,D).
         gain: ProxyCLIP's constant.
-        after, before, only: which of A_f A V, A A_f V and A_f V are wanted.
-        scale: of the columns.
+        scale, **terms: `after`, `before` and `only`, as `fsa_kernels.columns.gather` takes them.
 
     Returns:
-        A V, and after its last row the mean of V, (B,N+1,D); and columns (B,N,D) or (B,N,2D): the
-        sum of A V where `after`, and V where `only`, and beside it V where `before`; scaled.
+        As `fsa_kernels.columns.gather`.
     """
-    B, N, D = value.shape
     if fsa_kernels.interpreting() and value.dtype == torch.bfloat16:
-        wide = gather(
-            state, value.float(), gain=gain, after=after, before=before, only=only, scale=scale
-        )
+        wide = gather(state, value.float(), gain=gain, scale=scale, **terms)
         return tuple(tensor.to(value.dtype) for tensor in wide)
-    gathered = torch.empty((B, N + 1, D), dtype=value.dtype, device=value.device)
-    halves = 2 if before and (after or only) else 1
-    columns = torch.empty((B, N, halves * D), dtype=value.dtype, device=value.device)
+    B, N, D = value.shape
+    gathered, columns = (value.new_empty(shape) for shape in launch.gathered(B, N, D, **terms))
     for first, weights, masses in _blocks(state, value, gain):
-        _apply(
-            first,
-            weights,
-            masses,
-            value,
-            gathered,
-            columns=columns,
-            terms=(after, before, only),
-            scale=scale,
-        )
+        _apply(first, weights, masses, value, gathered, columns=columns, scale=scale, **terms)
     return gathered, columns
 
 
@@ -391,15 +354,16 @@ def _apply(
     *,
     add: Tensor | None = None,
     columns: Tensor | None = None,
-    terms: tuple[bool, bool, bool] = (False, False, False),
     scale: float = 1.0,
+    after: bool = False,
+    before: bool = False,
+    only: bool = False,
 ) -> None:
     """One block of rows of `apply`, or with columns of `gather`."""
     B, N, D = value.shape
     rows = weights.shape[1]
     wanted = min(rows, out.shape[1] - first_row)
     plan = launch.apply_affinity(B * N, D, value.dtype, gather=columns is not None)
-    after, before, only = terms
     with launch.on_device(value):
         _apply_kernel[(B * plan.blocks(BLOCK_M=wanted, BLOCK_D=D),)](
             weights,
