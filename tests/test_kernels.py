@@ -198,23 +198,38 @@ def test_the_search_takes_few_steps(search_steps):
     assert max(search_steps) <= 12
 
 
-def test_the_search_ends_where_the_mass_is_least_even(search_steps):
+def kept_of_a_row(similarities, share):
+    """What the search keeps of a row of similarities, in their order."""
     from fsa_kernels import feedback
 
-    # Of similarities that double one by one, interpolation drops little more than one a step.
-    N = 60
-    similarities = torch.full((1, 1, 64), -1.0)
-    similarities[0, 0, :N] = 2.0 ** -torch.arange(N)
-    out, h = torch.empty(1, 1, 64), torch.zeros(1, N)
+    N = len(similarities)
+    padded = -(-N // 64) * 64
+    row = torch.full((1, 1, padded), -1.0)
+    row[0, 0, :N] = similarities
+    out, h = torch.empty(1, 1, padded), torch.zeros(1, N)
     feedback._select_kernel[(1,)](
-        *(similarities, h, out, N, 0, 1, 64, 64, 0.0, 0.45, 0.0),
+        *(row, h, out, N, 0, 1, padded, padded, 0.0, share, 0.0),
         PRUNING=0,
         SCALING=False,
-        BLOCK_N=64,
+        BLOCK_N=1 << (padded - 1).bit_length(),
     )
-    confidence = similarities[0, 0, :N].double().softmax(dim=0).cumsum(dim=0)
-    assert torch.equal(out[0, 0, :N] > 0, confidence <= 0.45)
+    return out[0, 0, :N] > 0
+
+
+def test_the_search_ends_where_similarities_double_one_by_one(search_steps):
+    similarities = 2.0 ** -torch.arange(60)
+    confidence = similarities.double().softmax(dim=0).cumsum(dim=0)
+    assert torch.equal(kept_of_a_row(similarities, 0.45), confidence <= 0.45)
     assert search_steps[0] <= 30
+
+
+def test_the_search_is_quick_where_the_mass_is_least_even(search_steps):
+    # Nearly all of it at the top, and the threshold among the few below, which interpolation alone
+    # passes one by one: in 21 steps.
+    similarities = torch.cat([torch.linspace(1, 0.999, 412), torch.linspace(0.6, 0, 100)])
+    confidence = similarities.double().softmax(dim=0).cumsum(dim=0)
+    assert torch.equal(kept_of_a_row(similarities, 0.9183), confidence <= 0.9183)
+    assert search_steps[0] <= 12
 
 
 @pytest.mark.parametrize("long_rows", [False, True])
