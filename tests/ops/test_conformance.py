@@ -148,9 +148,11 @@ def test_the_published_vectors_come_out(backend, name, dtype):
     # computed in the same type.
     plain = judge(reference.feedback_attention(logits, uniform, config), S, config)
     assert judged.error < max(RELATIVE_ERROR[dtype], 2 * plain.error)
-    assert relative_error(feedback, data["feedback_attention"]) < max(
-        RELATIVE_ERROR[dtype], 2 * plain.error
-    )
+    allowed = max(RELATIVE_ERROR[dtype], 2 * plain.error)
+    assert relative_error(feedback, data["feedback_attention"]) < allowed
+    value, attention = data["value"].to(dtype), data["attention"].to(dtype)
+    adapted = fsa.adapt(value, feedback, attention, config=config).transpose(1, 2).flatten(2)
+    assert relative_error(adapted, data["adapted_value"]) < allowed
 
 
 @pytest.mark.parametrize("uniform", ["no uniform logits", "one row an image", "a row a patch"])
@@ -236,6 +238,17 @@ def test_rows_sum_to_one(backend, config):
     feedback = backend.attention(logits, uniform, config)
     assert (feedback >= 0).all()
     assert (feedback.sum(dim=-1) - 1).abs().max() < 1e-5
+
+
+def test_the_judge_sees_a_wrong_decision(backend):
+    logits, uniform = (tensor.float() for tensor in segment_logits(30, 9))
+    feedback = backend.attention(logits, uniform)
+    S = exact_similarities(logits, uniform)
+    assert judge(feedback, S).unexplained == 0
+    kept = feedback[0, 3].nonzero()[:, 0]
+    # The most similar one that is neither the patch itself nor near the cut.
+    feedback[0, 3, kept[S[0, 3, kept].argsort(descending=True)[1]]] = 0
+    assert judge(feedback, S).unexplained == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -813,3 +826,117 @@ def test_the_proxy_gathers_and_adds_what_a_step_takes(backend, dtype):
         assert relative_error(gathered[:, -1].cpu(), mean) < RELATIVE_ERROR[dtype]
         expected = 0.5 * columns_of(attended, value.double(), terms)
         assert relative_error(columns.cpu(), expected) < allowed
+
+
+# --------------------------------------------------------------------------------------------------
+# The ops as torch.library has them
+
+
+def sample(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+LOGITS, UNIFORM = sample(2, 6, 4), sample(2, 1, 4, seed=1)
+TEXTS = functional.normalize(sample(7, 4, seed=7), dim=-1)
+VALUE = sample(2, 3, 6, 8)
+FEEDBACK = sample(2, 6, 6).softmax(dim=-1)
+ATTENTION = sample(2, 3, 6, 6).softmax(dim=-1)
+PUBLISHED = (3.0, 0.45, 20.0, 35.0, "kl", "confidence", 0.4, 0.5, True, "exact")
+COSINE = (3.0, 0.45, 20.0, 35.0, "cosine", None, 0.4, 0.5, False, "fast")
+# Every op that the library registers, for every backend that it takes by name, with inputs in
+# float32 and half precision and of strides that are no contiguous tensor's. In the place of a
+# proxy's state stand the arguments of `proxy_prepare` that make it.
+OP_INPUTS = {
+    "feedback_attention": {
+        "torch": [
+            (LOGITS, UNIFORM, None, *PUBLISHED, torch.float32),
+            (LOGITS.half(), None, None, *PUBLISHED, torch.float16),
+            (LOGITS.transpose(1, 2), LOGITS.mT, None, *PUBLISHED, torch.bfloat16),
+            (LOGITS, UNIFORM, None, *COSINE, torch.half),
+            (LOGITS, UNIFORM, TEXTS, *PUBLISHED, torch.float32),
+        ],
+        "triton": [
+            (LOGITS, UNIFORM, None, *PUBLISHED, torch.float32),
+            (LOGITS, UNIFORM, None, *PUBLISHED, torch.float16),
+            (LOGITS.half(), None, TEXTS, *PUBLISHED, torch.float16),
+        ],
+    },
+    "apply_feedback": {
+        "torch": [
+            (LOGITS, UNIFORM, None, LOGITS, *PUBLISHED),
+            (LOGITS, LOGITS, None, LOGITS, *PUBLISHED),
+            (LOGITS, None, None, LOGITS.half(), *PUBLISHED),
+            (LOGITS, None, TEXTS, LOGITS[..., ::2], *PUBLISHED),
+        ],
+        "triton": [(LOGITS, UNIFORM, None, LOGITS.half(), *PUBLISHED)],
+    },
+    "adapt": {
+        "": [
+            (VALUE, FEEDBACK, ATTENTION, None, "after,before,only"),
+            (VALUE, FEEDBACK, ATTENTION[:, 0], VALUE, "before,only"),
+            (VALUE.half(), FEEDBACK.half(), ATTENTION.half(), None, "after"),
+            (VALUE[..., ::2], FEEDBACK.mT, ATTENTION.mT, None, "only"),
+        ],
+    },
+    "gather": {
+        "torch": [
+            (VALUE, VALUE[:, :, 2:], True, True, True, 1 / 3),
+            (VALUE.half(), VALUE[..., 1:, :].half(), False, True, False, 1.0),
+        ],
+        "triton": [(VALUE, VALUE[:, :, 1:], True, False, True, 0.5)],
+    },
+    "proxy_prepare": {
+        "torch": [
+            (LOGITS, 1.2, 3.0, False),
+            (LOGITS[:, ::2].half(), 0.5, 1.0, False),
+            (LOGITS.mT, 1.2, 3.0, False),
+        ],
+        "triton": [(LOGITS, 1.2, 3.0, False), (LOGITS.half(), 1.2, 3.0, True)],
+    },
+    "proxy_apply": {
+        "torch": [
+            ((LOGITS, 1.2, 3.0, False), LOGITS, None, 3.0),
+            ((LOGITS, 1.2, 3.0, False), LOGITS[..., :3].half(), LOGITS[..., :3], 1.0),
+        ],
+        "triton": [((LOGITS, 1.2, 3.0, True), LOGITS, LOGITS, 3.0)],
+    },
+    "proxy_gather": {
+        "torch": [
+            ((LOGITS, 1.2, 3.0, False), LOGITS, 3.0, True, True, True, 1 / 3),
+            ((LOGITS, 1.2, 3.0, False), LOGITS[..., :3].half(), 3.0, False, True, False, 1.0),
+        ],
+        "triton": [((LOGITS, 1.2, 3.0, True), LOGITS, 3.0, True, False, True, 0.5)],
+    },
+}
+
+
+def test_no_op_is_left_out_of_opcheck():
+    registered = {
+        name.partition(".")[0].removeprefix("fsa::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("fsa::")
+    }
+    assert registered == set(OP_INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend_name", "number"),
+    [
+        (name, backend_name, number)
+        for name, cases in OP_INPUTS.items()
+        for backend_name in cases
+        if backend_name in ("", *BACKENDS)
+        for number in range(len(cases[backend_name]))
+    ],
+)
+def test_opcheck_finds_nothing(name, backend_name, number):
+    arguments = list(OP_INPUTS[name][backend_name][number])
+    device = Backend(backend_name).device
+    arguments = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
+    if isinstance(arguments[0], tuple):
+        features, *rest = arguments[0]
+        state = torch.ops.fsa.proxy_prepare(features.to(device), *rest, backend_name)
+        arguments[:1] = state
+    if backend_name:
+        arguments.append(backend_name)
+    torch.library.opcheck(getattr(torch.ops.fsa, name), tuple(arguments))
