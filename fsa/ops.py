@@ -794,7 +794,7 @@ def _gather(value, attended, after, before, only, scale, backend):
 @_gather.register_fake
 def _(value, attended, after, before, only, *_):
     B, H, N, d = attended.shape
-    shapes = launch.gathered(B, N, H * d, after=after, before=before, only=only)
+    shapes = launch.gather_shapes(B, N, H * d, after=after, before=before, only=only)
     return tuple(value.new_empty(shape) for shape in shapes)
 
 
@@ -865,5 +865,5 @@ def _proxy_gather(first, second, value, gain, after, before, only, scale, backen
 
 @_proxy_gather.register_fake
 def _(first, second, value, gain, after, before, only, *_):
-    shapes = launch.gathered(*value.shape, after=after, before=before, only=only)
+    shapes = launch.gather_shapes(*value.shape, after=after, before=before, only=only)
     return tuple(value.new_empty(shape) for shape in shapes)

@@ -21,7 +21,7 @@ from tests.accuracy import (
     relative_error,
     segment_logits,
 )
-from tests.offsets import compiles_ahead_of_time, narrow_products
+from tests.kernels.offsets import compiles_ahead_of_time, narrow_products
 from tests.test_torch_backend import FORMS, form_id
 
 ON_GPU = torch.cuda.is_available() and fsa_kernels.available()
@@ -284,7 +284,7 @@ def test_no_kernel_multiplies_an_argument_into_an_offset_in_32_bits():
     # Not in this process: under the interpreter there is nothing to compile.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", "tests.offsets"],
+        [sys.executable, "-m", "tests.kernels.offsets"],
         env=environment,
         cwd=ROOT,
         capture_output=True,

@@ -1,6 +1,6 @@
 """Whether the compiled kernels reach memory beyond 2^31 entries.
 
-    python -m tests.offsets
+    python -m tests.kernels.offsets
 
 compiles each kernel once, prints what in its offsets is a 32-bit product with an argument (a
 stride, a padded size), and exits with 1 where there is one. Triton passes an
