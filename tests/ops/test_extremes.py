@@ -14,9 +14,9 @@ import fsa
 import fsa_kernels
 from fsa import FSAConfig, InputError
 from fsa.errors import OutOfMemoryError, named_out_of_memory
+from tests.kernels.offsets import compiles_ahead_of_time, narrow_products
 from tests.support.accuracy import segment_logits
 from tests.support.backends import BACKENDS
-from tests.support.offsets import compiles_ahead_of_time, narrow_products
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,7 +80,7 @@ def test_no_kernel_multiplies_an_argument_into_an_offset_in_32_bits():
     # Not in this process: under the interpreter there is nothing to compile.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", "tests.support.offsets"],
+        [sys.executable, "-m", "tests.kernels.offsets"],
         env=environment,
         cwd=ROOT,
         capture_output=True,
