@@ -8,7 +8,7 @@ python -m bench launches    what a forward launches, without and with feedback; 
 python -m bench resources   what the kernels take of a chip, and their instructions; needs no GPU
 python -m bench quality     the embedded model with every host, without and with feedback
                             -> bench/results/quality.json
-python -m bench guards      the margins of tests/test_quality.py from the present weights
+python -m bench guards      the margins of tests/bench/test_quality.py from the present weights
 python -m bench tables      README, results page, model card and plots from the results
 
 python -m bench COMMAND --help says more.
@@ -21,14 +21,14 @@ import sys
 
 # Each module's `main` is given the command line from the command's own name on.
 COMMANDS = {
-    "cpu": "bench.runner",
-    "gpu": "bench.runner",
-    "memory": "bench.memory",
-    "launches": "bench.launches",
-    "resources": "bench.resources",
-    "quality": "bench.quality",
-    "guards": "bench.guards",
-    "tables": "bench.tables",
+    "cpu": "bench.measure.runner",
+    "gpu": "bench.measure.runner",
+    "memory": "bench.measure.memory",
+    "launches": "bench.measure.launches",
+    "resources": "bench.measure.resources",
+    "quality": "bench.quality.run",
+    "guards": "bench.quality.guards",
+    "tables": "bench.report.tables",
 }
 
 

@@ -66,7 +66,7 @@ def main() -> int:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bench.resources import variants
+    from bench.measure.resources import variants
 
     found: dict[str, set[str]] = {}
     for variant in variants():

@@ -499,7 +499,7 @@ def test_every_host_runs_by_the_kernels(name, iterations):
 # A sample of the launch table keeps this short; `python -m bench resources` compiles all of it.
 COMPILED = """
 import sys
-from bench.resources import measure, variants
+from bench.measure.resources import measure, variants
 wanted = ("isolate C<=64 float16", "isolate C<=128 float16", "similarity N>1024 exact",
           "select N<=2048",
           "predict float16", "select, longer rows", "gather heads float16",

@@ -15,30 +15,18 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch.nn import functional
 
-from bench import (
-    algebra,
-    contenders,
-    marks,
-    memory,
-    numerics,
-    paper,
-    plots,
-    published,
-    registry,
-    results_data,
-    rows,
-    runner,
-    tables,
-    timing,
-    worker,
-)
 from bench.__main__ import COMMANDS
-from bench.contenders import DoesNotFit, Row
-from bench.model_rows import HostRow, PictureRow
-from bench.published_hosts import PublishedHost
-from bench.resources import hot_loop
-from bench.rows import OpRow
-from bench.worker import DeviceLost, Job, Worker, measure
+from bench.measure import memory, numerics, runner, timing
+from bench.measure.resources import hot_loop
+from bench.measure.worker import DeviceLost, Worker, measure
+from bench.report import marks, paper, plots, results_data, tables
+from bench.rows import algebra, contenders, published, registry
+from bench.rows import op as rows
+from bench.rows.contenders import DoesNotFit, Job, Row
+from bench.rows.hosts import HostRow
+from bench.rows.op import OpRow
+from bench.rows.pictures import PictureRow
+from bench.rows.published_hosts import PublishedHost
 from fsa import FSAConfig, hosts, reference
 from tests.accuracy import (
     MODEL_VECTORS,
@@ -587,7 +575,7 @@ def test_the_whole_run_on_a_gpu_from_rows_to_plots(
 ):
     monkeypatch.setattr(runner, "Worker", HereAndNow)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    jobs = [*registry.MARKS_GPU, Job(OpRow("op", 8, 441, 21), worker.MEASURES)]
+    jobs = [*registry.MARKS_GPU, Job(OpRow("op", 8, 441, 21), contenders.MEASURES)]
     record = runner.run(
         jobs, tmp_path / "gpu.json", device=pretended_gpu, dtype=FLOAT, budget=600, commit="abc"
     )
@@ -599,7 +587,7 @@ def test_the_whole_run_on_a_gpu_from_rows_to_plots(
         wanted |= {"graph", "launches"} if job.row.graphs else set()
         for name, entry in row["contenders"].items():
             assert wanted <= set(entry), (row["name"], name, entry)
-    of_steps = record["rows"][jobs.index(Job(jobs[7].row, worker.MEASURES))]["contenders"]
+    of_steps = record["rows"][jobs.index(Job(jobs[7].row, contenders.MEASURES))]["contenders"]
     assert {*tables._ORDER, *tables._WAYS} == set(of_steps)
 
     record = results_data.load("gpu", tmp_path)

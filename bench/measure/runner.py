@@ -24,10 +24,11 @@ from typing import Any
 import torch
 
 import fsa
-from bench import numerics, registry
-from bench.contenders import is_ours
-from bench.results_data import RESULTS
-from bench.worker import Job, Worker
+from bench import RESULTS, ROOT
+from bench.measure import numerics
+from bench.measure.worker import Worker
+from bench.rows import registry
+from bench.rows.contenders import Job, is_ours
 
 ONLY = ("op", "step", "host", "picture", "memory", "numerics")
 
@@ -223,7 +224,7 @@ def _commit() -> str:
             ["git", "describe", "--always", "--dirty"],
             capture_output=True,
             text=True,
-            cwd=Path(__file__).parent,
+            cwd=ROOT,
         )
     except OSError:
         return "unknown"
