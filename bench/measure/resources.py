@@ -1,324 +1,154 @@
-"""What each kernel takes of a chip: compiled ahead of time, no GPU needed.
+"""What each kernel takes of a chip, from the machine code that real calls would launch.
 
-    python -m bench resources
+    python -m bench resources [--chips 80,90,100] [--out FOLDER]
 
-prints registers, spills and shared memory of every launch of the table for sm_80, sm_90 and
-sm_100, with the machine instructions of its hot loop, and exits with 1 where something spills or
-does not fit. The hot loop is the innermost loop with the most tensor-core instructions, or the most
-instructions where there are none; of a kernel without loops, the whole kernel.
+makes the calls of `bench.measure.calls` over a driver that does nothing, reads the machine code of
+every launch, and writes one table a version of Triton, `resources-triton-X.Y.txt`. Exits with 1
+where a kernel spills or a chip could not hold it. Needs no GPU, but a C compiler.
+
+    programs      of the launch
+    warps         of a program
+    regs          registers a thread
+    spilled       bytes of the stack, or loads and stores of it
+    shared        bytes of a program
+    instr         instructions of the kernel, each counted once, however often it runs
+    straight      those of them outside of every loop
+    loops         instructions of each innermost loop: how often one runs is decided by sizes and
+                  data, so nothing is multiplied out here
+    blocks        programs that a multiprocessor holds at once: by registers, shared memory, warps
+    waves         the launch's programs over what the whole chip holds at once
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-import torch
+from bench import RESULTS, ROOT
+from bench.measure import driver
+from bench.measure.driver import CHIPS, Chip, Launched
 
-from fsa_kernels import launch
+# Of every chip here: registers, warps and programs of a multiprocessor; registers are given out by
+# 256 to a warp, warps by 4, and each program takes 1 KiB of shared memory more than it asks for.
+_REGISTERS, _WARPS, _PROGRAMS = 65536, 64, 32
+_REGISTERS_AT_ONCE, _WARPS_AT_ONCE, _SHARED_EACH = 256, 4, 1 << 10
 
-# Counted in the hot loop: tensor cores; loads and stores of shared and of global memory;
-# asynchronous copies; barriers; exchanges within a warp; exponentials and reciprocals.
-_COUNTED = {
-    "MMA": r"HGMMA|HMMA|QGMMA|UTC\w*MMA",
-    "LDS": r"LDS|LDSM",
-    "STS": r"STS|STSM",
-    "LDG": r"LDG",
-    "STG": r"STG",
-    "LDGSTS": r"LDGSTS|UBLKCP|UTMALDG",
-    "BAR": r"BAR|SYNCS",
-    "SHFL": r"SHFL|REDUX",
-    "MUFU": r"MUFU",
-}
-
-# Shared memory that one program may take, in bytes.
-CHIPS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
-_POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-}
-# What the launcher finds about its arguments in the usual case: contiguous classes, features and
-# columns; allocations, padded sizes and the widths of models are multiples of 16.
-_ONES = (
-    *("stride_zc", "stride_uc", "stride_xf", "stride_vd", "stride_ad"),
-    *("stride_xe", "stride_ue", "stride_te"),
-)
-_MULTIPLES_OF_16 = (
-    "D",
-    "E",
-    "d",
-    "padded_C",
-    "padded_F",
-    "padded_N",
-    "stride_ab",
-    "stride_ah",
-    "stride_an",
-    "stride_operand",
-    "stride_row",
-    "stride_tc",
-    "stride_ub",
-    "stride_un",
-    "stride_vb",
-    "stride_vh",
-    "stride_vn",
-    "stride_xb",
-    "stride_xn",
-)
-_FLOATS = ("beta", "share", "limit", "shift", "gain", "scale", "uniform_scale")
+_TENSOR_CORES = r"HGMMA|HMMA|QGMMA|UTC\w*MMA"
+_PADDING = ("NOP",)
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One compiled kernel of the launch table."""
+class Code:
+    """What is read from a kernel's machine code.
 
-    name: str
-    kernel: Any
-    pointers: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    Attributes:
+        registers: a thread.
+        spilled: bytes of the stack, or if more, instructions that load from or store to it.
+        tensor_cores: the kinds of instructions for them, or "-".
+        instructions: all of them, but what only pads.
+        straight: those outside of loops.
+        loops: instructions of each innermost loop, in order.
+    """
 
-
-@dataclass(frozen=True)
-class Resources:
-    """What one program of a variant takes on one chip."""
-
-    variant: Variant
-    chip: int
     registers: int
     spilled: int
-    shared: int
     tensor_cores: str
-    hot_loop: dict[str, int]
+    instructions: int
+    straight: int
+    loops: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one launch takes of a chip."""
+
+    call: str
+    launched: Launched
+    code: Code
+    chip: Chip
+
+    @property
+    def blocks(self) -> int:
+        """Programs that a multiprocessor holds at once."""
+        return resident(self.code.registers, self.launched.warps, self.launched.shared, self.chip)
+
+    @property
+    def waves(self) -> float:
+        """Programs of the launch over those that the chip holds at once."""
+        x, y, z = self.launched.grid
+        return x * y * z / max(1, self.blocks * self.chip.multiprocessors)
 
     @property
     def fits(self) -> bool:
-        return self.spilled == 0 and self.shared <= CHIPS[self.chip]
+        """Whether nothing spills and a multiprocessor holds at least one program."""
+        return self.code.spilled == 0 and self.blocks > 0
 
 
-def variants() -> Iterator[Variant]:
-    """Every kernel in every bucket of the launch table that users meet."""
-    from fsa_kernels import columns, feedback, isolate, proxy
-
-    def variant(name, kernel, pointers, plan, **constants) -> Variant:
-        return Variant(
-            name,
-            kernel,
-            pointers,
-            {**constants, **plan.constants},
-            plan.num_warps,
-            plan.num_stages,
-        )
-
-    for dtype, pointer in _POINTERS.items():
-        label = str(dtype).removeprefix("torch.")
-        for plan in _distinct(launch.isolate(C) for C in (21, 60, 171, 847)):
-            pointers = {
-                "z_ptr": pointer,
-                "u_ptr": pointer,
-                "operands_ptr": "*fp16",
-                "h_ptr": "*fp32",
-            }
-            yield variant(
-                f"isolate C<={plan.constants['BLOCK_C']} {label}",
-                isolate._isolate_kernel,
-                pointers,
-                plan,
-                HAS_UNIFORM=True,
-                COSINE=False,
-                SAMPLES=isolate._SAMPLES,
-            )
-        for form, uniform in (("predict", isolate._ONE), ("predict, each", isolate._EACH)):
-            yield variant(
-                f"{form} {label}",
-                isolate._predict_kernel,
-                {"x_ptr": pointer, "u_ptr": pointer, "text_ptr": "*fp32"}
-                | {"logits_ptr": "*fp32", "operands_ptr": "*fp16", "h_ptr": "*fp32"},
-                launch.predict(),
-                UNIFORM=uniform,
-                COSINE=False,
-                SAMPLES=isolate._SAMPLES,
-            )
-    for N, sizes in ((512, "N<=512"), (1024, "N<=1024"), (4096, "N>1024")):
-        for exact in (True, False):
-            yield variant(
-                f"similarity {sizes} {'exact' if exact else 'fast'}",
-                feedback._similarity_kernel,
-                {"operands_ptr": "*fp16", "h_ptr": "*fp32", "s_ptr": "*fp32"},
-                launch.similarity(N),
-                COSINE=False,
-                EXACT=exact,
-                BLOCK_K=launch.CLASS_STEP,
-            )
-    for N in (196, 441, 784, 1764, 4096, 8192, 16384):
-        plan = launch.select(N)
-        yield variant(
-            f"select N<={plan.constants['BLOCK_N']}",
-            feedback._select_kernel,
-            {"s_ptr": "*fp32", "h_ptr": "*fp32", "out_ptr": "*fp16"},
-            plan,
-            PRUNING=0,
-            SCALING=True,
-        )
-    yield variant(
-        "select, longer rows",
-        feedback._select_long_kernel,
-        {"s_ptr": "*fp32", "h_ptr": "*fp32", "out_ptr": "*fp16"},
-        launch.select_long(),
-        PRUNING=0,
-        SCALING=True,
-    )
-    for dtype, pointer in _POINTERS.items():
-        yield variant(
-            f"gather heads {str(dtype).removeprefix('torch.')}",
-            columns._gather_kernel,
-            dict.fromkeys(("v_ptr", "attended_ptr", "gathered_ptr", "columns_ptr"), pointer),
-            launch.gather(),
-            **dict.fromkeys(("AFTER", "BEFORE", "ONLY"), True),
-        )
-    for dtype, pointer in _POINTERS.items():
-        label = str(dtype).removeprefix("torch.")
-        unit = "*fp32" if dtype == torch.float32 else "*fp16"
-        yield variant(
-            f"proxy normalise {label}",
-            proxy._normalise_kernel,
-            {"x_ptr": pointer, "unit_ptr": unit, "sums_ptr": "*fp32"},
-            launch.normalise(768),
-        )
-        precision = proxy._dot_precision(dtype)
-        for plan in _distinct(launch.affinity(N, dtype) for N in (512, 4096)):
-            yield variant(
-                f"proxy affinity {plan.constants['BLOCK_M']} rows {label}",
-                proxy._affinity_kernel,
-                {"unit_ptr": unit, "level_ptr": "*fp32", "weights_ptr": pointer}
-                | {"masses_ptr": "*fp32"},
-                plan,
-                DOT_PRECISION=precision,
-            )
-        names = ("ADD", "GATHER", "AFTER", "BEFORE", "ONLY")
-        forms = {"apply": (), "apply, add": names[:1], "gather": names[1:]}
-        pointers = dict.fromkeys(
-            ("weights_ptr", "v_ptr", "add_ptr", "out_ptr", "columns_ptr"), pointer
-        )
-        for form, set_flags in forms.items():
-            for plan in _distinct(
-                launch.apply_affinity(rows, 768, dtype, form == "gather") for rows in (196, 4096)
-            ):
-                yield variant(
-                    f"proxy {form} {plan.constants['BLOCK_M']} rows {label}",
-                    proxy._apply_kernel,
-                    pointers | {"masses_ptr": "*fp32"},
-                    plan,
-                    **{name: name in set_flags for name in names},
-                    DOT_PRECISION=precision,
-                    WEIGHTS_TILE=launch.WEIGHTS_TILE,
-                )
-    yield variant(
-        "proxy level",
-        proxy._level_kernel,
-        {"sums_ptr": "*fp32", "level_ptr": "*fp32"},
-        launch.level(768),
-    )
+def resident(registers: int, warps: int, shared: int, chip: Chip) -> int:
+    """Programs that a multiprocessor holds at once, as CUDA's occupancy calculator counts them."""
+    a_warp = -(-registers * 32 // _REGISTERS_AT_ONCE) * _REGISTERS_AT_ONCE
+    warps_by_registers = _REGISTERS // a_warp // _WARPS_AT_ONCE * _WARPS_AT_ONCE
+    by_shared = chip.shared // (shared + _SHARED_EACH) if shared <= chip.shared_a_block else 0
+    return min(warps_by_registers // warps, _WARPS // warps, _PROGRAMS, by_shared)
 
 
-def _distinct(plans: Iterable[launch.Launch]) -> list[launch.Launch]:
-    """Each bucket of the table once."""
-    return list({repr(plan): plan for plan in plans}.values())
-
-
-def measure(variant: Variant, chip: int) -> Resources:
-    """Compiles a variant for a chip and reads what it takes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = variant.kernel.arg_names
-    constants = {**{name: 1 for name in _ONES if name in names}, **variant.constants}
-    signature, attributes = {}, {}
-    for position, name in enumerate(names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        if name in variant.pointers:
-            signature[name] = variant.pointers[name]
-        elif name in _FLOATS:
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-        if name in variant.pointers or name in _MULTIPLES_OF_16:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    source = ASTSource(
-        variant.kernel,
-        signature=signature,
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs=attributes,
-    )
-    compiled = triton.compile(
-        source,
-        target=GPUTarget("cuda", chip, 32),
-        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
-    )
+@cache
+def read(cubin: bytes) -> Code:
+    """Reads a kernel's machine code."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = _cuobjdump("--dump-resource-usage", cubin)
-        machine_code = _cuobjdump("--dump-sass", cubin)
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        usage = _cuobjdump("--dump-resource-usage", file)
+        assembly = _cuobjdump("--dump-sass", file)
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", machine_code))
-    found = sorted(set(re.findall(r"\b(HGMMA|HMMA|UTC\w*MMA|QGMMA)\b", machine_code)))
-    return Resources(
-        variant,
-        chip,
-        registers,
-        max(stack, spills),
-        compiled.metadata.shared,
-        "+".join(found) or "-",
-        hot_loop(machine_code),
-    )
+    spills = len(re.findall(r"\b(?:STL|LDL)\b", assembly))
+    cores = sorted(set(re.findall(rf"\b({_TENSOR_CORES})\b", assembly)))
+    everything, straight, loops = instructions(assembly)
+    return Code(registers, max(stack, spills), "+".join(cores) or "-", everything, straight, loops)
 
 
-def hot_loop(machine_code: str) -> dict[str, int]:
-    """Instructions of the hot loop by what they do, those that occur, and "all" of them."""
+def instructions(assembly: str) -> tuple[int, int, tuple[int, ...]]:
+    """Of a kernel's assembly: instructions, those outside of loops, and those of innermost loops.
+
+    A jump backwards closes a loop.
+    """
     code = [
         (int(address, 16), name, rest)
         for address, name, rest in re.findall(
             r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)(.*?);",
-            machine_code,
+            assembly,
             re.MULTILINE,
         )
+        if name not in _PADDING
     ]
     loops = []
+    kept = []
     for address, name, rest in code:
         target = re.search(r"0x([0-9a-f]+)", rest) if name == "BRA" else None
-        # A jump to itself only pads the end.
-        if target and int(target[1], 16) < address:
-            loops.append((int(target[1], 16), address))
+        start = int(target[1], 16) if target else None
+        if start == address:
+            # A jump to itself only marks the end.
+            continue
+        kept.append(address)
+        if start is not None and start < address:
+            loops.append((start, address))
     innermost = [
         loop
         for loop in loops
         if not any(o != loop and loop[0] <= o[0] and o[1] <= loop[1] for o in loops)
     ]
-    bodies = [
-        [name for address, name, _ in code if start <= address <= end] for start, end in innermost
-    ]
-    counts = [_counts(body) for body in bodies or [[name for _, name, _ in code]]]
-    return max(counts, key=lambda found: (found.get("MMA", 0), found["all"]))
-
-
-def _counts(names: list[str]) -> dict[str, int]:
-    counts = {
-        label: sum(bool(re.fullmatch(pattern, name)) for name in names)
-        for label, pattern in _COUNTED.items()
-    }
-    return {label: count for label, count in counts.items() if count} | {"all": len(names)}
+    straight = sum(not any(a <= address <= b for a, b in loops) for address in kept)
+    sizes = tuple(sum(a <= address <= b for address in kept) for a, b in innermost)
+    return len(kept), straight, sizes
 
 
 def _cuobjdump(option: str, cubin: Path) -> str:
@@ -329,24 +159,105 @@ def _cuobjdump(option: str, cubin: Path) -> str:
     return result.stdout
 
 
-def main(arguments: Sequence[str] = ()) -> int:
-    """Prints the table; 0 if everything fits."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("unset TRITON_INTERPRET: the interpreter replaces the compiler")
-    print(
-        f"{'kernel':<28} {'chip':<7} {'warps':>5} {'registers':>9} {'spilled':>7} "
-        f"{'shared B':>9} {'limit B':>8}  {'tensor cores':<12}  hot loop"
+def measure(calls: Iterable, on: driver.DoNothingDriver) -> list[Taken]:
+    """What the launches of some calls take of the driver's chip.
+
+    Args:
+        calls: of `bench.measure.calls`.
+        on: the installed driver.
+    """
+    launched = [(call.name, launch) for call in calls for launch in on.of_call(call.run)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        found = {one.cubin for _, one in launched}
+        codes = dict(zip(found, pool.map(read, found), strict=True))
+    return [Taken(name, one, codes[one.cubin], on.chip) for name, one in launched]
+
+
+def table(taken: Sequence[Taken]) -> str:
+    """One line a launch; launches of a call that are the same in everything are one line."""
+    chip = taken[0].chip
+    lines = [
+        f"sm_{chip.capability}, {chip.name}: {chip.multiprocessors} multiprocessors",
+        f"{'kernel':<20} {'programs':>8} {'warps':>5} {'regs':>4} {'spilled':>7} {'shared':>6} "
+        f"{'instr':>6} {'straight':>8} {'blocks':>6} {'waves':>6}  {'tensor cores':<12} loops",
+    ]
+    call, seen = None, set()
+    for one in taken:
+        if one.call != call:
+            call, seen = one.call, set()
+            lines.append(f"{call}")
+        code, launched = one.code, one.launched
+        x, y, z = launched.grid
+        line = (
+            f"  {launched.kernel.strip('_').removesuffix('_kernel'):<18} {x * y * z:>8} "
+            f"{launched.warps:>5} {code.registers:>4} {code.spilled:>7} {launched.shared:>6} "
+            f"{code.instructions:>6} {code.straight:>8} {one.blocks:>6} {one.waves:>6.2f}  "
+            f"{code.tensor_cores:<12} {' '.join(map(str, code.loops)) or '-'}"
+            f"{'' if one.fits else '  DOES NOT FIT'}"
+        )
+        if line not in seen:
+            seen.add(line)
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Writes the table; 0 if everything fits."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench resources",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    all_fit = True
-    for variant in variants():
-        for chip in CHIPS:
-            taken = measure(variant, chip)
-            all_fit &= taken.fits
-            print(
-                f"{variant.name:<28} sm_{chip:<4} {variant.num_warps:>5} {taken.registers:>9} "
-                f"{taken.spilled:>7} {taken.shared:>9} {CHIPS[chip]:>8}  {taken.tensor_cores:<12}  "
-                + " ".join(f"{name} {count}" for name, count in taken.hot_loop.items())
-                + ("" if taken.fits else "  DOES NOT FIT"),
-                flush=True,
-            )
-    return 0 if all_fit else 1
+    parser.add_argument("--chips", default="80,90,100", help="default 80,90,100")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder; default bench/results")
+    parser.add_argument("--chip", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments[1:])
+    if options.chip is not None:
+        return _one_chip(options.chip)
+    if reason := driver.obstacle():
+        raise SystemExit(f"resources cannot be read here: {reason}")
+    import triton
+
+    from bench.measure.environment import origin, require_publishable
+
+    found = origin(["resources"])
+    require_publishable(found, options.out)
+    # A process a chip: a process has one driver, and compiles for one chip.
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    tables, fits = [], True
+    for chip in options.chips.split(","):
+        if int(chip) not in CHIPS:
+            raise SystemExit(f"--chips {chip}: must be of {', '.join(map(str, CHIPS))}")
+        result = subprocess.run(
+            [sys.executable, "-m", "bench", "resources", "--chip", chip],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
+        if result.returncode not in (0, 1):
+            return result.returncode
+        fits &= result.returncode == 0
+        tables.append(result.stdout)
+        print(result.stdout, flush=True)
+    version = ".".join(triton.__version__.split(".")[:2])
+    head = (
+        f"Counted in machine code, not timed. Triton {triton.__version__}, torch {found['torch']}, "
+        f"commit {found['commit']}, {found['date'][:10]}, `{found['command']}`.\n"
+        "What the columns mean: python -m bench resources --help\n"
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / f"resources-triton-{version}.txt").write_text("\n".join([head, *tables]))
+    return 0 if fits else 1
+
+
+def _one_chip(capability: int) -> int:
+    try:
+        on = driver.install(capability)
+    except driver.Unavailable as reason:
+        raise SystemExit(f"resources cannot be read here: {reason}") from None
+    from bench.measure import calls
+
+    taken = measure(calls.of_marks(), on)
+    print(table(taken))
+    return 0 if all(one.fits for one in taken) else 1

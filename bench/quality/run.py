@@ -30,7 +30,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from bench import RESULTS
-from bench.measure.runner import environment
+from bench.measure.environment import environment
 from fsa import hosts, tiny, windows
 from fsa.config import ADAPTATIONS, FSAConfig
 from fsa.inspection import Attentions, attentions

@@ -17,7 +17,6 @@ from torch.nn import functional
 
 from bench.__main__ import COMMANDS
 from bench.measure import memory, numerics, runner, timing
-from bench.measure.resources import hot_loop
 from bench.measure.worker import DeviceLost, Worker, measure
 from bench.report import marks, paper, plots, results_data, tables
 from bench.rows import algebra, contenders, published, registry
@@ -761,25 +760,3 @@ def test_the_plot_is_drawn_with_and_without_results(tmp_path):
         file = tmp_path / f"{number}.png"
         plots.draw(None, record, file)
         assert file.read_bytes().startswith(b"\x89PNG")
-
-
-# --------------------------------------------------------------------------------------------------
-# Machine code
-
-
-def test_the_hot_loop_is_the_innermost_with_tensor_cores():
-    lines = [
-        "/*0000*/ LDG.E R1, [R2] ; /* 0x0 */",
-        "/*0010*/ HMMA.16816.F32 R4, R8, R12, R4 ; /* 0x0 */",
-        "/*0020*/ LDS R8, [R2] ; /* 0x0 */",
-        "/*0030*/ @P0 BRA 0x10 ; /* 0x0 */",
-        "/*0040*/ FADD R1, R2, R3 ; /* 0x0 */",
-        "/*0050*/ FADD R1, R2, R3 ; /* 0x0 */",
-        "/*0060*/ FADD R1, R2, R3 ; /* 0x0 */",
-        "/*0070*/ @!P1 BRA 0x40 ; /* 0x0 */",
-        "/*0080*/ @P2 BRA 0x0 ; /* 0x0 */",
-        "/*0090*/ BRA 0x90; /* 0x0 */",
-    ]
-    found = hot_loop("\n".join(f"        {line}" for line in lines))
-    assert found == {"MMA": 1, "LDS": 1, "all": 3}
-    assert hot_loop("\n".join(lines[4:7])) == {"all": 3}
