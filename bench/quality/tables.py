@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from bench.quality import ABLATED_HOSTS, AS_PUBLISHED, FILE, HOSTS, PROTOCOLS, TOP_K
+from bench.quality.run import ABLATED_HOSTS, AS_PUBLISHED, FILE, HOSTS, PROTOCOLS, TOP_K
 
 _TITLES = {
     "clip": "CLIP",

@@ -30,7 +30,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.contenders import Call, failure, release, synchronise
+from bench.rows.contenders import Call, failure, release, synchronise
 
 _ROUNDS, _FEWEST_ROUNDS = 15, 3
 # Time that one contender may take in all its rounds, in seconds, unless they are the fewest.

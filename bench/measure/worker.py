@@ -15,37 +15,21 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from bench import memory, numerics, timing
-from bench.contenders import Call, Row, describe, failure, release, synchronise
-from bench.model_rows import HostRow
-from bench.rows import OpRow
-
-MEASURES = ("time", "numerics", "memory")
+from bench.measure import memory, numerics, timing
+from bench.rows.contenders import Call, Job, Row, describe, failure, release, synchronise
+from bench.rows.hosts import HostRow
+from bench.rows.op import OpRow
 
 # A failed capture costs a new process: so often is it tried for a contender in rows of one kind.
 _TRIES = 2
 
 # A process has to import everything and to wake the GPU first.
 _START_SECONDS = 180.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is measured of a row at once.
-
-    Args:
-        row: the row.
-        measures: of `MEASURES`.
-    """
-
-    row: Row
-    measures: tuple[str, ...]
 
 
 class DeviceLost(Exception):

@@ -11,18 +11,17 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
-from bench import quality_tables
-from bench import results_data as data
-from bench.marks import marks
-from bench.paper import LATENCY_MS, overhead
-from bench.results_data import Record
+from bench import FOLDER, RESULTS, ROOT
+from bench.quality import tables as quality_tables
+from bench.report import results_data as data
+from bench.report.marks import marks
+from bench.report.paper import LATENCY_MS, overhead
+from bench.report.results_data import Record
 
-_FOLDER = Path(__file__).parent
-README = _FOLDER.parent / "README.md"
-PAGE = _FOLDER / "RESULTS.md"
-MODEL_CARD = _FOLDER.parent / "fsa" / "tiny" / "weights" / "MODEL_CARD.md"
+README = ROOT / "README.md"
+PAGE = FOLDER / "RESULTS.md"
+MODEL_CARD = ROOT / "fsa" / "tiny" / "weights" / "MODEL_CARD.md"
 NOT_MEASURED = "not measured"
 
 _WAYS = ("fsa stored", "fsa streamed")
@@ -365,8 +364,8 @@ def main(arguments: Sequence[str]) -> int:
     for file in (README, PAGE, MODEL_CARD):
         file.write_text(fill(file.read_text(), made))
     try:
-        from bench import plots
+        from bench.report import plots
     except ModuleNotFoundError as error:
         raise SystemExit(f"the plots need {error.name}: pip install '.[bench]'") from None
-    plots.draw(cpu, gpu, data.RESULTS / "cost.png")
+    plots.draw(cpu, gpu, RESULTS / "cost.png")
     return 0

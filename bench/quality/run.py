@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from bench.results_data import RESULTS
-from bench.runner import environment
+from bench import RESULTS
+from bench.measure.environment import environment
 from fsa import hosts, tiny
 from fsa.config import ADAPTATIONS, FSAConfig
 from fsa.models.guides import LAYER, load_vfm

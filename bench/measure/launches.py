@@ -37,7 +37,8 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bench.model_rows import BACKBONES, clip_segmentor
+from bench.rows.hosts import BACKBONES
+from bench.rows.pictures import clip_segmentor
 from fsa import hosts
 from fsa.models.guides import VFM, load_vfm
 from fsa.models.tower import Tower

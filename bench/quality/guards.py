@@ -1,4 +1,4 @@
-"""The margins of tests/test_quality.py, measured with the present weights.
+"""The margins of tests/bench/test_quality.py, measured with the present weights.
 
     python -m bench guards
 
@@ -12,18 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from bench import ROOT
 from fsa import load_segmentor
 from fsa.evaluation.metrics import confusion, mean_iou
 from fsa.segment.segmentor import Segmentor
 
-SCENES = Path(__file__).parent.parent / "tests" / "scenes"
+SCENES = ROOT / "tests" / "scenes"
 FILE = SCENES / "guards.json"
 # CLIP as it is gains most, so it shows best whether feedback works.
 HOSTS = ("clip", "maskclip", "sclip")

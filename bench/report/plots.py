@@ -8,9 +8,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bench import results_data as data
-from bench.paper import overhead
-from bench.results_data import Record
+from bench.report import results_data as data
+from bench.report.paper import overhead
+from bench.report.results_data import Record
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; shapes differ as well.
 _COLOURS = {

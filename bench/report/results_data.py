@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from bench import RESULTS
 
 Entry = dict[str, Any]
 Record = dict[str, Any]

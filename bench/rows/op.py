@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import fsa
-from bench import algebra, published
-from bench.contenders import Build, Call, Row, require_memory
+from bench.rows import algebra, published
+from bench.rows.contenders import Build, Call, Row, require_memory
 
 HEADS, HEAD_WIDTH = 12, 64
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,8 @@ from torch import Tensor
 
 Call = Callable[[], Tensor]
 Build = Callable[[], Call]
+
+MEASURES = ("time", "numerics", "memory")
 
 
 class DoesNotFit(Exception):
@@ -48,6 +51,19 @@ class Row(ABC):
     @abstractmethod
     def small(self) -> Row:
         """The same kind of row at a toy size."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured of a row at once.
+
+    Args:
+        row: the row.
+        measures: of `MEASURES`.
+    """
+
+    row: Row
+    measures: tuple[str, ...]
 
 
 def is_ours(contender: str) -> bool:

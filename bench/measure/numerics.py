@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import fsa
-from bench.contenders import is_ours
-from bench.model_rows import HostInputs, HostRow
-from bench.rows import Inputs, OpRow
+from bench.rows.contenders import is_ours
+from bench.rows.hosts import HostInputs, HostRow
+from bench.rows.op import Inputs, OpRow
 from fsa import reference
 from fsa.config import FSAConfig
 from tests.support.accuracy import RELATIVE_ERROR, relative_error, unexplained_decisions

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from bench.contenders import Row
-from bench.model_rows import HostRow, PictureRow
-from bench.rows import OpRow
-from bench.worker import Job
+from bench.rows.contenders import Job, Row
+from bench.rows.hosts import HostRow
+from bench.rows.op import OpRow
+from bench.rows.pictures import PictureRow
 
 HOSTS = ("proxyclip", "clearclip", "maskclip", "sclip")
 PATCHES = (196, 441, 784, 1024, 1764, 4096, 8192)

@@ -11,30 +11,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import fsa
-from bench import numerics, registry
-from bench.contenders import is_ours
-from bench.results_data import RESULTS
-from bench.worker import Job, Worker
+from bench import RESULTS
+from bench.measure import numerics
+from bench.measure.environment import environment
+from bench.measure.worker import Worker
+from bench.rows import registry
+from bench.rows.contenders import Job, is_ours
 
 ONLY = ("op", "step", "host", "picture", "memory", "numerics")
 
 # Seconds without news of a contender, and beyond the budget, after which it is given up.
 _PATIENCE = {"cuda": 90.0, "cpu": 240.0}
 _GRACE = 20.0
-_PACKAGES = ("triton", "open_clip_torch", "timm", "numpy")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -189,51 +185,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not abs(value) < float("inf"):
         return None
     return value
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Machine, versions, commit, date and command of a run."""
-    found: dict[str, Any] = {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "cpu_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{package: _version(package) for package in _PACKAGES},
-        "fsa": fsa.__version__,
-        "commit": _commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m bench", *sys.argv[1:]]),
-    }
-    return found
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str:
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parent,
-        )
-    except OSError:
-        return "unknown"
-    return described.stdout.strip() or "unknown"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import guards, quality, quality_tables
+from bench.quality import guards
+from bench.quality import run as quality
+from bench.quality import tables as quality_tables
 from fsa import load_segmentor
 from fsa.evaluation import metrics
 from fsa.hosts import LastBlock

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from bench.contenders import Call, DoesNotFit, Row, release, synchronise
-from bench.rows import OpRow
+from bench import ROOT
+from bench.rows.contenders import Call, DoesNotFit, Row, release, synchronise
+from bench.rows.op import OpRow
 
-_ROOT = Path(__file__).parent.parent
 # Every larger block is mapped by itself and given back at once, so that what the warm-up left
 # behind does not hide what the call takes.
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -47,9 +47,9 @@ def peak_extra_bytes_cpu(row: Row, contender: str, dtype: torch.dtype = torch.fl
         RuntimeError: the process failed.
     """
     task = pickle.dumps((row, contender, dtype)).hex()
-    command = [sys.executable, "-m", "bench.memory", task]
+    command = [sys.executable, "-m", "bench.measure.memory", task]
     result = subprocess.run(
-        command, capture_output=True, text=True, cwd=_ROOT, env={**os.environ, **_MALLOC}
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **_MALLOC}
     )
     if result.returncode != 0:
         last = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from bench import results_data as data
-from bench.paper import LATENCY_MS
-from bench.results_data import Record
+from bench.report import results_data as data
+from bench.report.paper import LATENCY_MS
+from bench.report.results_data import Record
 
 _OURS = "fsa triton"
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bench import published
+from bench.rows import published
 from fsa.models.tower import Tower
 
 _LOGIT_SCALE, _UNIFORM_LOGIT_SCALE = 20, 35
