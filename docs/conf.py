@@ -1,0 +1,72 @@
+"""Configuration of the documentation site; CONTRIBUTING.md has the command that builds it."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from docutils import nodes
+
+import fsa
+
+project = "fsa-kernels"
+author = "The fsa-kernels authors"
+project_copyright = "2026, The fsa-kernels authors"
+version = release = fsa.__version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+
+# Docstrings name objects and arguments in single backquotes; those that are objects become links.
+default_role = "py:obj"
+add_module_names = False
+autodoc_member_order = "bysource"
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = f"fsa-kernels {release}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_copy_source = False
+html_show_sourcelink = False
+
+
+def _keep_as_text(app: Any, env: Any, node: Any, content: nodes.Node) -> nodes.Node | None:
+    """Leaves names that are no links as text, but lets a name of ours that does not exist fail.
+
+    Nothing is looked up in other projects' inventories, which would take a network.
+    """
+    if _is_ours(node["reftarget"]) and not _exists(node["reftarget"]):
+        return None
+    return content
+
+
+def _is_ours(target: str) -> bool:
+    return target.partition(".")[0] in ("fsa", "fsa_kernels") and target.replace(".", "").isidentifier()
+
+
+def _exists(target: str) -> bool:
+    """Whether a dotted name is a module, or a member of one."""
+    words = target.split(".")
+    for count in range(len(words), 0, -1):
+        try:
+            found = importlib.import_module(".".join(words[:count]))
+        except ModuleNotFoundError:
+            continue
+        for word in words[count:]:
+            fields = getattr(found, "__annotations__", {})
+            if not hasattr(found, word) and word not in fields:
+                return False
+            found = getattr(found, word, None)
+        return True
+    return False
+
+
+def setup(app: Any) -> None:
+    """Connects the handler of names that are not links."""
+    app.connect("missing-reference", _keep_as_text)
