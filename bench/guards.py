@@ -20,8 +20,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from fsa import load_segmentor
-from fsa.metrics import confusion, mean_iou
-from fsa.segmentor import Segmentor
+from fsa.evaluation.metrics import confusion, mean_iou
+from fsa.segment.segmentor import Segmentor
 
 SCENES = Path(__file__).parent.parent / "tests" / "scenes"
 FILE = SCENES / "guards.json"

@@ -39,8 +39,8 @@ from torch.utils._pytree import tree_leaves
 
 from bench.model_rows import BACKBONES, clip_segmentor
 from fsa import hosts
-from fsa.vfm import VFM, load_vfm
-from fsa.vision import Tower
+from fsa.models.guides import VFM, load_vfm
+from fsa.models.tower import Tower
 
 DEVICE = torch.device("cuda", 0)
 # Of an H200.
@@ -187,7 +187,7 @@ def _stand_in(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def launches(
-    host: str | hosts.ReadOutFunction,
+    host: str | hosts.AttentionFunction,
     visual: nn.Module,
     vfm: VFM | None,
     feedback: bool,

@@ -17,11 +17,11 @@ import fsa
 from bench.contenders import Build, Call, Row
 from bench.published_hosts import PublishedHost, explicit_attention, segment
 from fsa.config import FSAConfig
-from fsa.models import LoadedModel
-from fsa.segmentor import Segmentor
-from fsa.text import TextQueries
-from fsa.vfm import VFM, load_vfm
-from fsa.vision import Tower
+from fsa.models.guides import VFM, load_vfm
+from fsa.models.loading import LoadedModel
+from fsa.models.text import TextQueries
+from fsa.models.tower import Tower
+from fsa.segment.segmentor import Segmentor
 
 # OpenAI's weights of B and L were trained with QuickGELU, and so ran the published latencies.
 BACKBONES = {
@@ -196,7 +196,7 @@ def our_segmentor(
 
 
 def clip_segmentor(
-    host: str | fsa.hosts.ReadOutFunction,
+    host: str | fsa.hosts.AttentionFunction,
     visual: nn.Module,
     text: Tensor,
     vfm: VFM | None,
@@ -258,7 +258,7 @@ def _published_segmentor(
 
 
 class _KnownQueries:
-    """Text features that need no text encoder; takes the place of `fsa.text.TextEncoder`."""
+    """Text features that need no text encoder; takes the place of `fsa.models.text.TextEncoder`."""
 
     def __init__(self, features: Tensor) -> None:
         self._features = features

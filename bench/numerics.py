@@ -18,7 +18,7 @@ from bench.model_rows import HostInputs, HostRow
 from bench.rows import Inputs, OpRow
 from fsa import reference
 from fsa.config import FSAConfig
-from tests.accuracy import RELATIVE_ERROR, relative_error, unexplained_decisions
+from tests.support.accuracy import RELATIVE_ERROR, relative_error, unexplained_decisions
 
 # (contender, its result) -> what is recorded of it.
 Judge = Callable[[str, Tensor], dict[str, Any]]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bench import published
-from fsa.vision import Tower
+from fsa.models.tower import Tower
 
 _LOGIT_SCALE, _UNIFORM_LOGIT_SCALE = 20, 35
 _SEGMENTATION_SCALE = 40

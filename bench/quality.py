@@ -31,16 +31,17 @@ from tqdm import tqdm
 
 from bench.results_data import RESULTS
 from bench.runner import environment
-from fsa import hosts, tiny, windows
+from fsa import hosts, tiny
 from fsa.config import ADAPTATIONS, FSAConfig
-from fsa.inspection import Attentions, attentions
-from fsa.models import load_model
-from fsa.segmentor import load_segmentor
-from fsa.text import TextEncoder
+from fsa.models.guides import LAYER, load_vfm
+from fsa.models.loading import load_model
+from fsa.models.text import TextEncoder
+from fsa.models.tower import Tower
+from fsa.pictures import windows
+from fsa.segment.inspection import Attentions, attentions
+from fsa.segment.segmentor import load_segmentor
 from fsa.tiny.compose import NAMES, PICTURES, SIDE, SINGLES, TESTS, Split, asked_classes
 from fsa.tiny.vocabulary import CLASSES, OBJECTS
-from fsa.vfm import LAYER, load_vfm
-from fsa.vision import Tower
 
 FILE = RESULTS / "quality.json"
 

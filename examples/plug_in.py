@@ -15,8 +15,8 @@ from torch.nn import functional
 
 import fsa
 from fsa import tiny
-from fsa.models import load_model
-from fsa.text import TextEncoder
+from fsa.models.loading import load_model
+from fsa.models.text import TextEncoder
 
 
 class ClearCLIPTower(VisionTransformer):

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fsa import hosts
     from fsa.config import FSAConfig
-    from fsa.drop_in import plug_in, published_feedback, unplug
     from fsa.errors import FSAError, InputError, ModelUnavailableError, OutOfMemoryError
+    from fsa.integrations.published import plug_in, published_feedback, unplug
     from fsa.ops import (
         ProxyAttention,
         adapt,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         feedback_step,
         proxy_attention,
     )
-    from fsa.segmentor import Segmentation, Segmentor, load_segmentor
+    from fsa.segment.segmentor import Segmentation, Segmentor, load_segmentor
 
 __version__ = "0.1.0"
 
@@ -65,13 +65,13 @@ _HOMES = {
     "explain": "fsa.ops",
     "feedback_attention": "fsa.ops",
     "feedback_step": "fsa.ops",
-    "plug_in": "fsa.drop_in",
+    "plug_in": "fsa.integrations.published",
     "proxy_attention": "fsa.ops",
-    "published_feedback": "fsa.drop_in",
-    "unplug": "fsa.drop_in",
-    "Segmentation": "fsa.segmentor",
-    "Segmentor": "fsa.segmentor",
-    "load_segmentor": "fsa.segmentor",
+    "published_feedback": "fsa.integrations.published",
+    "unplug": "fsa.integrations.published",
+    "Segmentation": "fsa.segment.result",
+    "Segmentor": "fsa.segment.segmentor",
+    "load_segmentor": "fsa.segment.segmentor",
 }
 
 

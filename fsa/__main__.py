@@ -1,5 +1,5 @@
 """`python -m fsa` is the command `fsa`."""
 
-from fsa.cli import main
+from fsa.cli.app import main
 
 main()

@@ -47,7 +47,7 @@ def count_calls():
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs the command in this process: (exit code, stdout, stderr)."""
-    from fsa import cli
+    from fsa.cli import app as cli
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["fsa", *map(str, arguments)])

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from fsa import windows
-from fsa.segmentor import Segmentor
-from fsa.text import TextQueries
+from fsa.models.text import TextQueries
+from fsa.pictures import windows
+from fsa.segment.segmentor import Segmentor
 
 
 def merged_cosines(

@@ -13,9 +13,8 @@ import numpy as np
 from PIL import Image
 
 from fsa.errors import InputError
-from fsa.evaluation.datasets import LAYOUTS, ORIGINAL_SUFFIX
-from fsa.metrics import IGNORE
-from fsa.result import make_directory, write_whole
+from fsa.evaluation.layouts import IGNORE, LAYOUTS, ORIGINAL_SUFFIX
+from fsa.files import make_directory, write_whole
 
 # COCO-Stuff stores category ids from 0: 80 objects below 91, then 91 kinds of stuff. These ids
 # below 91 were once planned and no annotation uses them.

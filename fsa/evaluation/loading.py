@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from fsa.errors import InputError
 from fsa.evaluation.datasets import Dataset
 from fsa.evaluation.protocol import LONG_SIDE, Preset
-from fsa.images import read_image
+from fsa.pictures.reading import read_image
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fsa.config import SEGMENTATION_SCALE
 from fsa.errors import InputError
-from fsa.evaluation.datasets import FOLDER, LAYOUTS, names
+from fsa.evaluation.layouts import FOLDER, LAYOUTS, names
 
 LONG_SIDE = 2048
 """The published pipelines shrink pictures further so that their long side has at most this."""
@@ -24,9 +24,9 @@ class Preset:
         short_side: to which pictures are resized.
         window, stride: of the sliding window.
         prob_thd: pixels whose best class has a lower probability become background.
-        area_thd: see `fsa.segmentor.label_map`.
+        area_thd: see `fsa.segment.labels.label_map`.
         logit_scale: of the cosines before the softmax over queries.
-        class_list: of the package, see `fsa.evaluation.datasets.class_list`; empty for a folder.
+        class_list: of the package, see `fsa.evaluation.layouts.class_list`; empty for a folder.
         antialias: whether shrinking smooths; the published pipelines do not.
     """
 
@@ -108,7 +108,7 @@ def preset(family: str, dataset: str) -> Preset:
 
     Args:
         family: one of `FAMILIES`.
-        dataset: one of `fsa.evaluation.datasets.names()`.
+        dataset: one of `fsa.evaluation.layouts.names()`.
 
     Raises:
         InputError: an unknown name.
@@ -178,7 +178,7 @@ class Protocol:
         pictures, fingerprint: how many pictures, and a hash of their list.
         preset: see `Preset`.
         classes: the text queries of each class.
-        reduce_zero_label, ignore, background: see `fsa.evaluation.datasets.Layout`.
+        reduce_zero_label, ignore, background: see `fsa.evaluation.layouts.Layout`.
         host, model, pretrained, vfm, vfm_pretrained: as `fsa.load_segmentor` takes them.
         feedback: the configuration of FSA, or None for the host alone.
         backend, device, dtype: what computed; another may round differently.

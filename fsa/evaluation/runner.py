@@ -24,12 +24,12 @@ from fsa.evaluation import processes, state
 from fsa.evaluation.batching import merged_cosines
 from fsa.evaluation.datasets import Dataset
 from fsa.evaluation.loading import Loaded, loader
-from fsa.evaluation.matrix import ConfusionMatrix
+from fsa.evaluation.metrics import ConfusionMatrix, iou, mean_iou
 from fsa.evaluation.protocol import Preset, Protocol
-from fsa.metrics import iou, mean_iou
-from fsa.result import make_directory, write_whole
-from fsa.segmentor import Segmentor, label_map
-from fsa.text import TextQueries
+from fsa.files import make_directory, write_whole
+from fsa.models.text import TextQueries
+from fsa.segment.labels import label_map
+from fsa.segment.segmentor import Segmentor
 
 ON_ERROR = ("stop", "skip")
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fsa.errors import InputError
 from fsa.evaluation.protocol import differences
-from fsa.result import write_whole
+from fsa.files import write_whole
 
 
 @dataclass

@@ -14,7 +14,7 @@ from fsa.config import ADAPTATIONS, FSAConfig
 from fsa.errors import InputError
 from fsa.evaluation import paper
 from fsa.evaluation.runner import Result
-from fsa.result import write_whole
+from fsa.files import write_whole
 
 CONFIDENCES = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.9)
 BETAS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)

@@ -12,9 +12,9 @@ from torch import nn
 
 from fsa.errors import InputError
 from fsa.hosts.base import Host, LastAttention
+from fsa.hosts.function import AttentionFunction, FunctionHost, LastBlock
 from fsa.hosts.naclip import NACLIP
 from fsa.hosts.proxy import ProxyCLIP
-from fsa.hosts.read_out import LastBlock, ReadOut, ReadOutFunction
 from fsa.hosts.self_attention import (
     CLIP,
     SCLIP,
@@ -28,11 +28,11 @@ from fsa.hosts.self_attention import (
 )
 
 __all__ = [
+    "AttentionFunction",
+    "FunctionHost",
     "Host",
     "LastAttention",
     "LastBlock",
-    "ReadOut",
-    "ReadOutFunction",
     "SelfAttentionHost",
     "build",
     "host_class",
@@ -58,14 +58,14 @@ def names() -> tuple[str, ...]:
     return tuple(_HOSTS)
 
 
-def host_class(host: str | ReadOutFunction) -> type[Host]:
+def host_class(host: str | AttentionFunction) -> type[Host]:
     """The class behind a name, or behind a function of the user's.
 
     Raises:
         InputError: an unknown name.
     """
     if callable(host):
-        return ReadOut
+        return FunctionHost
     if not isinstance(host, str) or host not in _HOSTS:
         raise InputError(
             f"host={host!r} is not known: it must be one of {', '.join(_HOSTS)}, or a function "
@@ -74,15 +74,15 @@ def host_class(host: str | ReadOutFunction) -> type[Host]:
     return _HOSTS[host]
 
 
-def build(host: str | ReadOutFunction, visual: nn.Module, **host_options: Any) -> Host:
+def build(host: str | AttentionFunction, visual: nn.Module, **host_options: Any) -> Host:
     """A host on a vision tower.
 
     Args:
         host: one of `names()`, or a function from a `LastBlock` to the attention between its
             patches, (B,N,N) or (B,H,N,N): with it a method that is not a host here gets feedback.
-            See `ReadOut`.
+            See `FunctionHost`.
         visual: the `visual` part of an open_clip model, a plain `VisionTransformer`; or a `Tower`,
-            such as `fsa.transformers_models.CLIPTower(model)`.
+            such as `fsa.models.transformers.CLIPTower(model)`.
         **host_options: `backend` for all; `residual` for all but ProxyCLIP; `shift` and `gain`
             for ProxyCLIP; `std` for NACLIP.
 
@@ -90,7 +90,7 @@ def build(host: str | ReadOutFunction, visual: nn.Module, **host_options: Any) -
         InputError: an unknown name or option, or another kind of tower.
     """
     cls = host_class(host)
-    arguments = (visual, host) if cls is ReadOut else (visual,)
+    arguments = (visual, host) if cls is FunctionHost else (visual,)
     try:
         return cls(*arguments, **host_options)
     except TypeError as error:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fsa import ops
 from fsa.config import FSAConfig
 from fsa.errors import InputError
-from fsa.vision import Tower
+from fsa.models.tower import Tower
 
 
 @dataclass(frozen=True)

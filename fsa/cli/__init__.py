@@ -1,0 +1,1 @@
+"""The command `fsa`, one file a command."""

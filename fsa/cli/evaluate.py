@@ -1,0 +1,289 @@
+"""`fsa eval`: measure mIoU on a benchmark or a folder.
+
+Nothing heavy is imported before a command needs it, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fsa.cli import options
+from fsa.errors import InputError
+
+if TYPE_CHECKING:
+    from fsa.config import FSAConfig
+    from fsa.evaluation.datasets import Dataset
+    from fsa.evaluation.protocol import Preset, Protocol
+    from fsa.evaluation.runner import Result
+    from fsa.segment.segmentor import Segmentor
+
+_WINDOW_BATCH_CPU = 8
+_WINDOW_BATCH_GPU = 64
+
+
+class OnError(str, Enum):
+    """What a file that cannot be used does."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+def evaluate(
+    dataset: Annotated[
+        str, typer.Argument(help='A benchmark (see "fsa data list"), or "folder".')
+    ] = "",
+    root: Annotated[Path | None, typer.Option(help="Where the dataset lies.")] = None,
+    list_cells: Annotated[
+        bool, typer.Option("--list", help="Print the presets and the paper's cells with commands.")
+    ] = False,
+    host: Annotated[
+        options.HostName | None,
+        typer.Option(help=f"The segmentor; default {options.DEFAULT_HOST.value}."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help='"tiny" (embedded, the default), or an open_clip name.')
+    ] = None,
+    pretrained: options.Pretrained = None,
+    vfm: options.Vfm = None,
+    vfm_pretrained: options.VfmPretrained = None,
+    feedback: options.Feedback = True,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="proxyclip, sclip, clearclip or tiny; default the host's own."),
+    ] = None,
+    short_side: Annotated[
+        int | None, typer.Option(help="Of resized pictures in pixels, instead of the preset's.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Its side in pixels, instead of the preset's.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Of the window in pixels, instead of the preset's.")
+    ] = None,
+    prob_thd: Annotated[
+        float | None,
+        typer.Option(help="Below it pixels become background, instead of the preset's."),
+    ] = None,
+    area_thd: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the foreground up to which a class is given up, instead of the preset's."
+        ),
+    ] = None,
+    logit_scale: Annotated[
+        float | None, typer.Option(help="Factor of the merged cosines, instead of the preset's.")
+    ] = None,
+    antialias: Annotated[
+        bool | None,
+        typer.Option("--antialias/--no-antialias", help="Smooth when shrinking pictures."),
+    ] = None,
+    beta: options.Beta = None,
+    confidence: options.Confidence = None,
+    feedback_logit_scale: Annotated[
+        float | None, typer.Option(help="Factor of the cosines that FSA compares patches by.")
+    ] = None,
+    uniform_logit_scale: Annotated[
+        float | None, typer.Option(help="The same under uniform attention.")
+    ] = None,
+    classes_file: Annotated[
+        Path | None, typer.Option(help="Other names for the classes, one class a line.")
+    ] = None,
+    ignore: Annotated[
+        list[int] | None, typer.Option(help="For a folder: a mask value that is not counted.")
+    ] = None,
+    sweep: Annotated[
+        str,
+        typer.Option(
+            help="Ablations to run, separated by commas: scaling, pruning, isolation, adaptations, "
+            "similarity, confidence, beta."
+        ),
+    ] = "",
+    on_error: Annotated[
+        OnError,
+        typer.Option(help="A file that cannot be used stops the run, or is skipped and named."),
+    ] = OnError.stop,
+    workers: Annotated[int, typer.Option(help="Processes that decode pictures.")] = 2,
+    window_batch: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Windows per forward pass; default {_WINDOW_BATCH_CPU}, on a GPU "
+            f"{_WINDOW_BATCH_GPU}."
+        ),
+    ] = None,
+    chunk: Annotated[
+        int | None, typer.Option(help="Pictures per unit of work; default the window batch.")
+    ] = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    backend: options.Backend = options.BackendName.auto,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the results; default fsa-eval/...")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what was counted before.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; only the mIoU.")] = False,
+) -> None:
+    """Measure mIoU on a benchmark or a folder of pictures with masks.
+
+    Killed and started again with the same command it goes on where it was. Under torchrun the
+    pictures are shared out: torchrun --nproc-per-node 8 -m fsa eval ...
+    """
+    if list_cells:
+        typer.echo(_listing(dataset, host.value if host else None, model))
+        return
+    if not dataset or root is None:
+        raise InputError(
+            "name a dataset and where it lies: fsa eval voc21 --root DIR, or fsa eval folder "
+            "--root DIR for images/, masks/ and classes.txt"
+        )
+    host_name = (host or options.DEFAULT_HOST).value
+    model = model or "tiny"
+
+    # What can be wrong is found before the models are loaded.
+    from fsa.evaluation import protocol
+
+    settings = protocol.preset(preset or protocol.family_of(host_name, model), dataset).override(
+        short_side=short_side,
+        window=window,
+        stride=stride,
+        prob_thd=prob_thd,
+        area_thd=area_thd,
+        logit_scale=logit_scale,
+        antialias=antialias,
+    )
+
+    from fsa.evaluation import datasets
+
+    opened = datasets.open_dataset(
+        dataset,
+        root,
+        class_list_name=settings.class_list,
+        classes_file=classes_file,
+        ignore=ignore or (),
+    )
+    from fsa.evaluation import processes
+    from fsa.segment.segmentor import load_segmentor
+
+    feedback_changes = {
+        "beta": beta,
+        "confidence": confidence,
+        "logit_scale": feedback_logit_scale,
+        "uniform_logit_scale": uniform_logit_scale,
+    }
+    try:
+        group = processes.start()
+        segmentor = load_segmentor(
+            host_name,
+            model,
+            pretrained,
+            vfm,
+            feedback=feedback,
+            device=processes.own_device(device),
+            dtype=dtype,
+            backend=backend.value,
+            vfm_pretrained=vfm_pretrained,
+        )
+        segmentor = options.with_changes(segmentor, feedback_changes)
+        on_gpu = segmentor.loaded.device.type == "cuda"
+        run_options = {
+            "window_batch": window_batch or (_WINDOW_BATCH_GPU if on_gpu else _WINDOW_BATCH_CPU),
+            "chunk": chunk,
+            "workers": workers,
+            "on_error": on_error.value,
+            "restart": restart,
+            "quiet": quiet,
+            "vfm_pretrained": vfm_pretrained,
+        }
+        first = group.rank == 0
+        if sweep:
+            folder = out or _folder(opened, host_name, model, vfm, "sweep")
+            _sweep(sweep, segmentor, opened, settings, folder, run_options, first)
+        else:
+            folder = out or _folder(opened, host_name, model, vfm, "fsa" if feedback else "host")
+            _once(segmentor, opened, settings, folder, run_options, first)
+    finally:
+        processes.stop()
+
+
+def _folder(dataset: Dataset, host: str, model: str, vfm: str | None, kind: str) -> Path:
+    from fsa.files import safe_stem
+
+    words = [dataset.root.name if dataset.name == "folder" else dataset.name, host, model]
+    words += [vfm] if vfm else []
+    return Path("fsa-eval") / safe_stem("-".join([*words, kind]))
+
+
+def _once(
+    segmentor: Segmentor,
+    dataset: Dataset,
+    settings: Preset,
+    folder: Path,
+    run_options: dict[str, Any],
+    first: bool,
+) -> None:
+    from fsa.evaluation import report, runner
+
+    def announce(protocol: Protocol) -> None:
+        if not run_options["quiet"]:
+            typer.echo(f"{protocol.describe()}\n")
+
+    result = runner.evaluate(segmentor, dataset, settings, folder, announce=announce, **run_options)
+    if not first:
+        return
+    if run_options["quiet"]:
+        typer.echo(f"{100 * result.miou():.2f}")
+    else:
+        typer.echo(f"\n{report.text(result)}\nwritten to {folder}/")
+
+
+def _sweep(
+    text: str,
+    segmentor: Segmentor,
+    dataset: Dataset,
+    settings: Preset,
+    folder: Path,
+    run_options: dict[str, Any],
+    first: bool,
+) -> None:
+    from fsa.evaluation import runner, sweep
+
+    if segmentor.config is None:
+        raise InputError("--sweep varies feedback, which --no-feedback turns off")
+    chosen = sweep.rows([name.strip() for name in text.split(",")], segmentor.config)
+
+    def one(config: FSAConfig | None, out: Path) -> Result:
+        return runner.evaluate(
+            segmentor.with_feedback(False if config is None else config),
+            dataset,
+            settings,
+            out,
+            **run_options,
+        )
+
+    swept = sweep.run(chosen, folder, one)
+    if first:
+        files = swept.save(folder)
+        typer.echo(swept.markdown())
+        typer.echo(f"written: {', '.join(str(file) for file in files)}")
+        if not sweep.can_plot() and {"confidence", "beta"} & {row.table for row in chosen}:
+            typer.echo("the plot needs matplotlib: pip install 'fsa-kernels[plots]'", err=True)
+
+
+def _listing(dataset: str, host: str | None, model: str | None) -> str:
+    from fsa.evaluation import paper, protocol
+
+    wanted = {"dataset": dataset or None, "host": host, "model": model}
+    lines = [f"{name}: {text}" for name, text in protocol.FAMILIES.items()]
+    lines += ["", protocol.table(), "", "the paper's mIoU without -> with FSA, and the command"]
+    lines.append("(add --no-feedback for the first number)")
+    for cell in paper.cells():
+        if all(value in (None, getattr(cell, name)) for name, value in wanted.items()):
+            lines.append(
+                f"table {cell.table}  {cell.without:5.1f} -> {cell.with_fsa:5.1f}  {cell.command()}"
+            )
+    return "\n".join(lines)

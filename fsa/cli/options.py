@@ -1,0 +1,123 @@
+"""Options that several commands take, with their choices and their help in one place.
+
+Nothing heavy is imported, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fsa.errors import InputError
+
+if TYPE_CHECKING:
+    from fsa.segment.segmentor import Segmentor
+
+
+class HostName(str, Enum):
+    """The hosts, spelled out here so that help needs no model code."""
+
+    clip = "clip"
+    maskclip = "maskclip"
+    sclip = "sclip"
+    clearclip = "clearclip"
+    proxyclip = "proxyclip"
+    naclip = "naclip"
+    qk = "qk"
+    qq = "qq"
+    kk = "kk"
+    vv = "vv"
+
+
+class BackendName(str, Enum):
+    """The backends of the ops."""
+
+    auto = "auto"
+    triton = "triton"
+    torch = "torch"
+
+
+DEFAULT_HOST = HostName.clearclip
+
+Classes = Annotated[
+    str,
+    typer.Option(
+        help='Class names, such as "cat; dog, puppy; grass". Commas part synonyms.',
+        show_default=False,
+    ),
+]
+ClassesFile = Annotated[
+    Path | None, typer.Option(help="Class names from a text file instead, one class a line.")
+]
+Host = Annotated[HostName, typer.Option(help="The segmentor.")]
+Model = Annotated[
+    str, typer.Option(help='"tiny" (embedded), or an open_clip name such as ViT-B-16.')
+]
+Pretrained = Annotated[str | None, typer.Option(help="A tag of open_clip's, or a checkpoint file.")]
+Vfm = Annotated[
+    str | None,
+    typer.Option(
+        help="For proxyclip: dino, dinov2, dinov3, sam, mae, or layer or layer:K of CLIP itself; "
+        "default dino, with tiny layer."
+    ),
+]
+VfmPretrained = Annotated[str | None, typer.Option(help="A checkpoint file for the vfm.")]
+Feedback = Annotated[
+    bool, typer.Option("--feedback/--no-feedback", help="With FSA, or the host alone.")
+]
+Beta = Annotated[
+    float | None, typer.Option(help="Sharpness of FSA's scaling; default as published.")
+]
+Confidence = Annotated[
+    float | None,
+    typer.Option(help="p, the cumulative confidence that FSA keeps; default as published."),
+]
+Window = Annotated[
+    int | None,
+    typer.Option(help="Side of the sliding window in pixels; default 336, with tiny 112."),
+]
+Stride = Annotated[
+    int | None,
+    typer.Option(help="From one window to the next in pixels; default 112, with tiny 56."),
+]
+ShortSide = Annotated[
+    int | None,
+    typer.Option(
+        help="Short side in pixels to which pictures are resized first; default 336, with tiny 224."
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default the GPU if there is one.")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, float16 or bfloat16; default float16 on a GPU, else float32."),
+]
+Backend = Annotated[
+    BackendName, typer.Option(help='What runs FSA; "fsa info" says what auto takes here.')
+]
+
+
+def with_changes(segmentor: Segmentor, changes: dict[str, float | None]) -> Segmentor:
+    """A segmentor with some fields of its feedback changed, those that are not None.
+
+    Raises:
+        InputError: a value that is not accepted; a change where there is no feedback.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if not changes:
+        return segmentor
+    if segmentor.config is None:
+        raise InputError(f"--no-feedback turns feedback off, and with it {', '.join(changes)}")
+    return segmentor.with_feedback(segmentor.config.replace(**changes))
+
+
+def classes_given(text: str, file: Path | None) -> list[list[str]]:
+    if bool(text.strip()) == (file is not None):
+        raise InputError('pass the classes as --classes "cat; dog, puppy", or as --classes-file')
+    from fsa.classes import parse_class_text, read_class_file
+
+    return parse_class_text(text) if file is None else read_class_file(file)

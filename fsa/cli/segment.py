@@ -1,0 +1,156 @@
+"""`fsa segment`: label pictures with classes, and write what was found."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fsa.cli import options
+from fsa.cli.terminal import shown
+from fsa.errors import FSAError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+    from fsa.segment.result import Segmentation
+    from fsa.segment.segmentor import Segmentor
+
+_CLASSES_SHOWN = 4
+
+
+def segment(
+    pictures: Annotated[
+        list[Path], typer.Argument(help="Pictures, or directories of them.", show_default=False)
+    ],
+    classes: options.Classes = "",
+    classes_file: options.ClassesFile = None,
+    host: options.Host = options.DEFAULT_HOST,
+    model: options.Model = "tiny",
+    pretrained: options.Pretrained = None,
+    vfm: options.Vfm = None,
+    vfm_pretrained: options.VfmPretrained = None,
+    feedback: options.Feedback = True,
+    beta: options.Beta = None,
+    confidence: options.Confidence = None,
+    window: options.Window = None,
+    stride: options.Stride = None,
+    short_side: options.ShortSide = None,
+    prob_thd: Annotated[
+        float, typer.Option(help="Pixels whose class is less probable become background.")
+    ] = 0.0,
+    background: Annotated[
+        str | None, typer.Option(help="The class that they become; added if it is not there.")
+    ] = None,
+    window_batch: Annotated[int, typer.Option(help="Windows computed at once.")] = 8,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    backend: options.Backend = options.BackendName.auto,
+    cache_dir: Annotated[
+        str | None, typer.Option(help="Where downloaded weights are kept.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("fsa-out"),
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")] = False,
+) -> None:
+    """Label every pixel of pictures with the classes you name.
+
+    For each picture: NAME-labels.png with a palette, NAME-overlay.png with a legend, and NAME.json
+    with areas and settings. A picture that fails does not stop the others.
+    """
+    # What can be wrong is found before the models are loaded.
+    from fsa.files import make_directory
+    from fsa.pictures.reading import list_pictures
+
+    class_list = options.classes_given(classes, classes_file)
+    files = list_pictures(pictures)
+    make_directory(out)
+
+    from fsa.segment.segmentor import load_segmentor
+
+    segmentor = load_segmentor(
+        host.value,
+        model,
+        pretrained,
+        vfm,
+        feedback=feedback,
+        device=device,
+        dtype=dtype,
+        backend=backend.value,
+        cache_dir=cache_dir,
+        vfm_pretrained=vfm_pretrained,
+    )
+    segmentor = options.with_changes(segmentor, {"beta": beta, "confidence": confidence})
+    settings = {
+        "window": window,
+        "stride": stride,
+        "short_side": short_side,
+        "prob_thd": prob_thd,
+        "background": background,
+        "window_batch": window_batch,
+    }
+    # What no picture is accepted with is said once, not for every picture.
+    segmentor.check(class_list, **settings)
+    failures = _segment_all(segmentor, files, class_list, out, quiet, settings)
+    if failures:
+        typer.echo(f"{len(failures)} of {len(files)} pictures failed:", err=True)
+        for message in failures:
+            typer.echo(f"  {shown(message)}", err=True)
+        raise typer.Exit(1)
+
+
+def _segment_all(
+    segmentor: Segmentor,
+    files: list[Path],
+    classes: list[list[str]],
+    out: Path,
+    quiet: bool,
+    settings: dict[str, Any],
+) -> list[str]:
+    """Segments and saves each picture; returns what went wrong, a line each."""
+    from tqdm import tqdm
+
+    from fsa.files import safe_stem
+
+    failures: list[str] = []
+    taken: set[str] = set()
+    with tqdm(total=len(files), unit="picture", disable=quiet or None, file=sys.stderr) as bar:
+        for file in files:
+            # Pictures of the same name in different directories do not overwrite each other, nor
+            # do those whose names differ in case on file systems that do not tell it.
+            stem = plain = safe_stem(file.stem)
+            number = 2
+            while stem.casefold() in taken:
+                stem = f"{plain}-{number}"
+                number += 1
+            taken.add(stem.casefold())
+            try:
+                result = segmentor.segment(
+                    file, classes, progress=_window_progress(bar, file), **settings
+                )
+                written = result.save(out, stem)
+            except FSAError as error:
+                failures.append(str(error))
+            else:
+                if not quiet:
+                    bar.write(_summary(file, result, written["overlay"]), file=sys.stdout)
+            bar.update()
+    return failures
+
+
+def _window_progress(bar: tqdm, file: Path) -> Callable[[int, int], None]:
+    name = shown(file.name)
+    return lambda done, total: bar.set_postfix_str(f"{name}: window {done}/{total}")
+
+
+def _summary(file: Path, result: Segmentation, overlay: Path) -> str:
+    from fsa.draw.lettering import percent, shortened
+
+    present = [(name, share) for name, share in result.areas().items() if share > 0]
+    listed = ", ".join(
+        f"{shortened(name)} {percent(share)}" for name, share in present[:_CLASSES_SHOWN]
+    )
+    more = f", {len(present) - _CLASSES_SHOWN} more" if len(present) > _CLASSES_SHOWN else ""
+    return shown(f"{file.name}: {listed}{more} -> {overlay}")

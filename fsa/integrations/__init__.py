@@ -1,0 +1,1 @@
+"""Feedback for code that people already run."""

@@ -1,0 +1,279 @@
+"""CLIP models: the embedded one, open_clip's by name and tag, and local checkpoints."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import load_checkpoint
+from open_clip.pretrained import download_pretrained, get_pretrained_cfg
+from torch import Tensor, nn
+
+from fsa import tiny
+from fsa.errors import InputError, ModelUnavailableError
+from fsa.models.hub import hub_if_reachable, unavailable
+
+TINY = "tiny"
+
+_DEFAULT_TAGS = {
+    "ViT-B-16": "openai",
+    "ViT-L-14": "openai",
+    "ViT-L-14-336": "openai",
+    "ViT-H-14": "laion2b_s32b_b79k",
+}
+_CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+_MISMATCHES_NAMED = 3
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A CLIP model ready to run.
+
+    Attributes:
+        model: open_clip's, in evaluation mode, without gradients; or one of transformers, see
+            `fsa.transformers_models`.
+        tokenizer: list of texts -> (T,L) int64.
+        name: open_clip's name, or "tiny".
+        pretrained: the tag or the file that the weights come from.
+        mean, std: of the channels, that pictures in [0, 1] are normalised with.
+        image_size: side of the pictures it was trained on, in pixels.
+    """
+
+    model: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    name: str
+    pretrained: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.logit_scale.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.visual.parameters()).dtype
+
+
+def load_model(
+    name: str = TINY,
+    pretrained: str | None = None,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    cache_dir: str | None = None,
+) -> LoadedModel:
+    """A CLIP model by name.
+
+    Args:
+        name: "tiny", the embedded model, or a name of open_clip's such as "ViT-B-16".
+        pretrained: a tag of open_clip's, or the path of a checkpoint (.safetensors, or a PyTorch
+            file, which is read without executing code from it). None takes the tag of the
+            papers: "openai" for ViT-B-16 and ViT-L-14, "laion2b_s32b_b79k" for ViT-H-14.
+            OpenAI's weights need QuickGELU: their tag sees to it; for a local file of them pass
+            the name "ViT-B-16-quickgelu" (or "ViT-L-14-quickgelu").
+        device: default the GPU if there is one, else the CPU.
+        dtype: default float16 on a GPU and float32 on the CPU.
+        cache_dir: where downloaded weights are kept; default the hub's own.
+
+    Raises:
+        InputError: an unknown name, tag, device or type, or a checkpoint of another model.
+        ModelUnavailableError: weights that are not there or cannot be fetched.
+    """
+    device = resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
+    if name == TINY:
+        return _load_tiny(pretrained, device, dtype)
+    known = open_clip.list_models()
+    if name not in known:
+        close = difflib.get_close_matches(name, [TINY, *known], n=4, cutoff=0.4)
+        hint = f"close to it: {', '.join(close)}" if close else "see open_clip.list_models()"
+        raise InputError(f"model={name!r} is not a name that open_clip knows; {hint}")
+    tag, file = _weights(name, pretrained, cache_dir)
+    settings = get_pretrained_cfg(name, tag) if tag is not None else {}
+    with _quiet():
+        model = open_clip.create_model(
+            name, force_quick_gelu=settings.get("quick_gelu", False), pretrained_text=False
+        )
+    _load_into(model, file, name)
+    return LoadedModel(
+        model=_ready(model, device, dtype),
+        tokenizer=_tokenizer(name, cache_dir),
+        name=name,
+        pretrained=tag if tag is not None else str(file),
+        mean=tuple(settings.get("mean") or open_clip.OPENAI_DATASET_MEAN),
+        std=tuple(settings.get("std") or open_clip.OPENAI_DATASET_STD),
+        image_size=_side(model),
+    )
+
+
+def resolve_device(device: torch.device | str | None) -> torch.device:
+    """The device meant, checked to be there.
+
+    Raises:
+        InputError: an unknown device, or one this machine does not have.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise InputError(f"device={device!r} is not a device, such as 'cpu' or 'cuda:0'") from None
+    if resolved.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (resolved.index or 0) >= count:
+            raise InputError(
+                f"device={str(device)!r} is not there: PyTorch {torch.__version__} sees {count} "
+                "CUDA devices"
+            )
+    return resolved
+
+
+def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The floating-point type meant; by default float16 on a GPU and float32 on the CPU.
+
+    Raises:
+        InputError: another type.
+    """
+    if dtype is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if resolved not in _DTYPES.values():
+        raise InputError(f"dtype={dtype!r} is not accepted: it must be one of {', '.join(_DTYPES)}")
+    return resolved
+
+
+def _load_tiny(pretrained: str | None, device: torch.device, dtype: torch.dtype) -> LoadedModel:
+    if pretrained is not None:
+        raise InputError(
+            f"pretrained={pretrained!r}: the embedded model 'tiny' comes with its weights; "
+            "leave pretrained out, or name an open_clip model"
+        )
+    context_length = tiny.CONFIG["text_cfg"]["context_length"]
+    model = tiny.load(device, dtype)
+    return LoadedModel(
+        model=model,
+        tokenizer=open_clip.SimpleTokenizer(context_length=context_length),
+        name=TINY,
+        pretrained="embedded",
+        mean=open_clip.OPENAI_DATASET_MEAN,
+        std=open_clip.OPENAI_DATASET_STD,
+        image_size=_side(model),
+    )
+
+
+def _weights(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[str | None, Path]:
+    """(tag, file), or (None, file) for a local checkpoint."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None:
+        if name not in _DEFAULT_TAGS:
+            raise InputError(
+                f"model={name!r} has no default weights; pass pretrained= one of "
+                f"{', '.join(tags) or 'no tags'}, or the path of a checkpoint"
+            )
+        pretrained = _DEFAULT_TAGS[name]
+    path = Path(pretrained).expanduser()
+    if path.is_file():
+        return None, path
+    if pretrained in tags:
+        return pretrained, _download(name, pretrained, cache_dir)
+    if path.suffix in _CHECKPOINT_SUFFIXES or len(path.parts) > 1:
+        raise ModelUnavailableError(f"pretrained={pretrained!r}: no such file")
+    raise InputError(
+        f"pretrained={pretrained!r} is neither a file nor a tag of {name}; its tags are "
+        f"{', '.join(tags) or 'none'}"
+    )
+
+
+def _download(name: str, tag: str, cache_dir: str | None) -> Path:
+    settings = get_pretrained_cfg(name, tag)
+    try:
+        with _quiet(), hub_if_reachable():
+            file = download_pretrained(settings, cache_dir=cache_dir)
+    # The hub's client, its HTTP library and open_clip raise many kinds of errors here.
+    except Exception:
+        file = None
+    if not file:
+        source = settings.get("hf_hub") or settings.get("url")
+        raise unavailable(
+            f"{name} ({tag})",
+            source.rstrip("/"),
+            "pass the file: pretrained=PATH (on the command line --pretrained PATH)",
+        ) from None
+    return Path(file)
+
+
+def _load_into(model: nn.Module, file: Path, name: str) -> None:
+    if _is_torchscript(file):
+        raise InputError(
+            f"{file}: this is a TorchScript archive, which holds code; it is not opened. Save its "
+            "state_dict() with torch.save or as .safetensors, and pass that"
+        )
+    try:
+        with _quiet():
+            load_checkpoint(model, str(file), strict=True, weights_only=True)
+    except RuntimeError as error:
+        if "Error(s) in loading state_dict" not in str(error):
+            raise InputError(_unreadable(file)) from None
+        lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+        shown = " ".join(lines[:_MISMATCHES_NAMED])
+        raise InputError(f"{file}: this checkpoint does not fit {name}. {shown[:400]}") from None
+    # Whatever a broken or hostile file makes the readers raise; nothing in it was executed.
+    except Exception:
+        raise InputError(_unreadable(file)) from None
+
+
+def _unreadable(file: Path) -> str:
+    return (
+        f"{file}: this is not a checkpoint that can be read safely: it must be .safetensors, or a "
+        "PyTorch file that holds nothing but tensors (a state_dict)"
+    )
+
+
+def _is_torchscript(file: Path) -> bool:
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+
+
+def _tokenizer(name: str, cache_dir: str | None) -> Any:
+    from_hub = "hf_tokenizer_name" in open_clip.get_model_config(name)["text_cfg"]
+    try:
+        with _quiet(), hub_if_reachable() if from_hub else nullcontext():
+            return open_clip.get_tokenizer(name, cache_dir=cache_dir)
+    # Tokenizers of some models come from the hub, with its many kinds of errors.
+    except Exception:
+        raise unavailable(
+            f"the tokenizer of {name}", "its hub", "copy it into the hub's cache"
+        ) from None
+
+
+def _ready(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    return model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+
+
+def _side(model: nn.Module) -> int:
+    size = model.visual.image_size
+    return size if isinstance(size, int) else size[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps open_clip's and the hub's log lines off the terminal; errors come as exceptions."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(previous)

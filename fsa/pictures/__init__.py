@@ -1,0 +1,1 @@
+"""Pictures: reading them, and the windows they are cut into."""

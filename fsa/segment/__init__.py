@@ -1,0 +1,1 @@
+"""From a picture and class names to labels."""

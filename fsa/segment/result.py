@@ -1,0 +1,95 @@
+"""What a segmentation gives back, and how it is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fsa.draw.colours import palette
+from fsa.draw.figures import overlay
+from fsa.files import make_directory, safe_stem, write_whole
+from fsa.pictures.reading import Picture
+
+_PALETTE_CLASSES = 256
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """A labelled picture.
+
+    Attributes:
+        labels: (H,W) int32 at the picture's own size (EXIF orientation applied), indices into
+            `class_names`.
+        scores: (C,h,w) float32, probabilities of the classes asked for, at the working size.
+        class_names: the first name of each class; a background that was added comes last.
+        settings: everything needed to do it again.
+        picture: what was segmented.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray
+    class_names: list[str]
+    settings: dict[str, Any]
+    picture: Picture = field(repr=False)
+
+    def areas(self) -> dict[str, float]:
+        """Share of the picture by class, largest first; classes that are absent have 0."""
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
+        order = np.argsort(-counts, kind="stable")
+        return {self.class_names[i]: float(counts[i] / self.labels.size) for i in order}
+
+    def overlay(self, alpha: float = 0.6, legend: bool = True) -> Image.Image:
+        """The picture tinted by its labels, with a legend beside it."""
+        rgb = self.picture.rgb.permute(1, 2, 0).numpy()
+        return overlay(rgb, self.labels, self.class_names, alpha=alpha, legend=legend)
+
+    def label_image(self) -> Image.Image:
+        """The labels as a picture: with the palette up to 256 classes, else 16 bits deep."""
+        if len(self.class_names) > _PALETTE_CLASSES:
+            return Image.fromarray(self.labels.astype(np.uint16))
+        image = Image.fromarray(self.labels.astype(np.uint8))
+        image.putpalette(palette(len(self.class_names)).tobytes())
+        return image
+
+    def save(self, directory: str | os.PathLike[str], stem: str | None = None) -> dict[str, Path]:
+        """Writes STEM-labels.png, STEM-overlay.png and STEM.json.
+
+        The JSON holds the picture's name and its size in pixels, the class names, their areas and
+        the settings.
+
+        Args:
+            directory: made if it is not there.
+            stem: default the picture's name; what could leave the directory is replaced.
+
+        Returns:
+            "labels", "overlay", "json" -> file.
+
+        Raises:
+            InputError: a directory or file that cannot be written.
+        """
+        folder = Path(directory)
+        stem = safe_stem(self.picture.name if stem is None else stem)
+        height, width = self.labels.shape
+        record = {
+            "picture": {"name": self.picture.name, "width": width, "height": height},
+            "classes": self.class_names,
+            "areas": self.areas(),
+            "settings": self.settings,
+        }
+        files = {
+            "labels": folder / f"{stem}-labels.png",
+            "overlay": folder / f"{stem}-overlay.png",
+            "json": folder / f"{stem}.json",
+        }
+        text = json.dumps(record, indent=2) + "\n"
+        make_directory(folder)
+        write_whole(files["labels"], lambda out: self.label_image().save(out, "PNG"))
+        write_whole(files["overlay"], lambda out: self.overlay().save(out, "PNG"))
+        write_whole(files["json"], lambda out: out.write(text.encode()))
+        return files

@@ -1,0 +1,1 @@
+"""Figures that show what feedback does: one picture compared, and the demo."""

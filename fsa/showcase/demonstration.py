@@ -1,0 +1,117 @@
+"""The demo: shipped pictures through each host, without and with feedback, in one PNG."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from fsa import tiny
+from fsa.draw.colours import palette
+from fsa.draw.figures import Panel, paint, panel_grid
+from fsa.evaluation.metrics import confusion, mean_iou
+from fsa.files import make_room_for_png, write_whole
+from fsa.segment.segmentor import Segmentor, load_segmentor
+from fsa.tiny.pictographs import UNSEEN_STYLE
+
+HOSTS = ("maskclip", "sclip", "clearclip", "proxyclip")
+TITLES = {
+    "clip": "CLIP",
+    "maskclip": "MaskCLIP",
+    "sclip": "SCLIP",
+    "clearclip": "ClearCLIP",
+    "proxyclip": "ProxyCLIP",
+}
+
+
+def run(out: Path) -> None:
+    """Segments the shipped pictures, prints the scores and writes the PNG.
+
+    Raises:
+        InputError: the PNG cannot be written.
+    """
+    make_room_for_png(out)
+    scenes = tiny.demo_scenes()
+    base = load_segmentor("maskclip", feedback=True)
+    runs = [
+        (host, feedback, base.with_host(host).with_feedback(feedback))
+        for host in HOSTS
+        for feedback in (False, True)
+    ]
+    # The texts of a picture are encoded once, outside of what is timed.
+    for scene in scenes:
+        base.segment(Image.new("RGB", (32, 32)), scene.classes)
+
+    rows = []
+    scores: dict[tuple[str, bool], list[tuple[float, float]]] = {}
+    with tqdm(total=len(scenes) * len(runs), unit="run", leave=False, disable=None) as bar:
+        for scene in scenes:
+            picture, mask = Image.open(scene.picture).convert("RGB"), _read_mask(scene.mask)
+            count = len(scene.classes)
+            truth = paint(np.asarray(picture), mask, count)
+            row = [Panel(picture, "picture"), Panel(Image.fromarray(truth), "truth")]
+            for host, feedback, segmentor in runs:
+                labels, seconds = _timed(segmentor, picture, scene.classes)
+                score = mean_iou(confusion(labels, mask, count))
+                scores.setdefault((host, feedback), []).append((score, seconds))
+                painted = paint(np.asarray(picture), labels, count)
+                caption = f"{100 * score:.1f} mIoU, {1000 * seconds:.0f} ms"
+                row.append(Panel(Image.fromarray(painted), caption))
+                bar.update()
+            rows.append(row)
+
+    titles = ["", ""]
+    for host in HOSTS:
+        titles += [TITLES[host], f"{TITLES[host]} + FSA"]
+    legends = [
+        [
+            (name, tuple(int(c) for c in colour))
+            for name, colour in zip(scene.classes, palette(len(scene.classes)), strict=True)
+        ]
+        for scene in scenes
+    ]
+    figure = panel_grid(
+        rows,
+        titles,
+        heading="The embedded model, each host without and with feedback self-adaptive attention",
+        panel_width=210,
+        legends=legends,
+        labels=[f"scene {n + 1}, {_style(scene)}" for n, scene in enumerate(scenes)],
+    )
+    write_whole(out, lambda stream: figure.save(stream, "PNG"))
+    print(_table(scores, len(scenes)))
+    print(f"wrote {out}")
+
+
+def _style(scene: tiny.DemoScene) -> str:
+    return "unseen style" if UNSEEN_STYLE in scene.styles else "trained styles"
+
+
+def _timed(
+    segmentor: Segmentor, picture: Image.Image, classes: tuple[str, ...]
+) -> tuple[np.ndarray, float]:
+    start = time.perf_counter()
+    labels = segmentor.segment(picture, classes).labels
+    return labels, time.perf_counter() - start
+
+
+def _read_mask(file: Path) -> np.ndarray:
+    with Image.open(file) as image:
+        return np.asarray(image)
+
+
+def _table(scores: dict[tuple[str, bool], list[tuple[float, float]]], pictures: int) -> str:
+    lines = [
+        f"mean over {pictures} pictures: mIoU in percent, seconds a picture",
+        f"{'host':<10} {'mIoU':>6} {'+ FSA':>6} {'gain':>6}   {'time':>6} {'+ FSA':>6}",
+    ]
+    for host in HOSTS:
+        alone, adapted = (np.mean(scores[host, feedback], axis=0) for feedback in (False, True))
+        lines.append(
+            f"{TITLES[host]:<10} {100 * alone[0]:6.1f} {100 * adapted[0]:6.1f} "
+            f"{100 * (adapted[0] - alone[0]):+6.1f}   {alone[1]:6.2f} {adapted[1]:6.2f}"
+        )
+    return "\n".join(lines)

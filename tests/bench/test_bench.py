@@ -1,0 +1,797 @@
+"""Rows of every kind run and are recorded, whatever happens; contenders compute the same thing."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from open_clip.transformer import VisionTransformer
+from torch.nn import functional
+
+from bench import (
+    algebra,
+    contenders,
+    marks,
+    memory,
+    numerics,
+    paper,
+    plots,
+    published,
+    registry,
+    results_data,
+    rows,
+    runner,
+    tables,
+    timing,
+    worker,
+)
+from bench.__main__ import COMMANDS
+from bench.contenders import DoesNotFit, Row
+from bench.model_rows import HostRow, PictureRow
+from bench.published_hosts import PublishedHost
+from bench.resources import hot_loop
+from bench.rows import OpRow
+from bench.worker import DeviceLost, Job, Worker, measure
+from fsa import FSAConfig, hosts, reference
+from tests.support.accuracy import (
+    MODEL_VECTORS,
+    RELATIVE_ERROR,
+    relative_error,
+    unexplained_decisions,
+    vector,
+)
+
+CPU = torch.device("cpu")
+FLOAT = torch.float32
+TOY_BACKBONE = "ViT-S-16-alt"
+HOSTS = ("maskclip", "sclip", "clearclip", "proxyclip")
+
+
+def toy(job: Job) -> dict:
+    return measure(job, CPU, FLOAT)[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Contenders
+
+
+@pytest.mark.parametrize("kind", ["op", "step"])
+def test_all_contenders_agree_with_the_definition(kind):
+    row = OpRow(kind, 2, 60, 9)
+    inputs = rows.make_inputs(row, CPU, torch.float64)
+    exact = reference.feedback_attention(inputs.patch_logits, inputs.uniform_logits)
+    if kind == "step":
+        exact = reference.adapt(inputs.value, exact, inputs.attention)
+    builds = row.contenders(CPU, torch.float64, inputs)
+    assert set(builds) == {"published", "algebra", "fsa torch"}
+    for name, build in builds.items():
+        # The plain algebra computes in float32.
+        limit = RELATIVE_ERROR[torch.float32 if name == "algebra" else torch.float64]
+        assert relative_error(build()(), exact) < limit, name
+
+
+def test_the_compiled_contender_is_the_algebra_in_one_graph(monkeypatch):
+    # Without a compiler for C++, which not every machine has.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    row = OpRow("step", 1, 40, 5, compiled=True)
+    inputs = rows.make_inputs(row, CPU, FLOAT)
+    builds = row.contenders(CPU, FLOAT, inputs)
+    with torch.no_grad():
+        difference = relative_error(builds["torch.compile"]()(), builds["algebra"]()())
+    assert difference < RELATIVE_ERROR[FLOAT]
+
+
+def test_published_adapt_takes_the_scaled_similarity():
+    generator = torch.Generator().manual_seed(0)
+    scaled = torch.randn(2, 6, 6, generator=generator, dtype=torch.float64)
+    attention = torch.randn(8, 6, 6, generator=generator, dtype=torch.float64)
+    value = torch.randn(8, 6, 3, generator=generator, dtype=torch.float64)
+    adapted = published.adapt(value, scaled, attention)
+    exact = reference.adapt(
+        value.unflatten(0, (2, 4)), scaled.softmax(dim=-1), attention.unflatten(0, (2, 4))
+    )
+    assert relative_error(adapted.unflatten(0, (2, 4)), exact) < RELATIVE_ERROR[torch.float64]
+
+
+def test_published_and_algebra_agree():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 30, 4, generator=generator)
+    uniform = torch.randn(1, 1, 4, generator=generator)
+    plain = published.feedback_attention(logits, uniform)
+    assert relative_error(algebra.feedback_attention(logits, uniform), plain) < 1e-4
+
+
+def test_logits_are_realistic():
+    row = OpRow("op", 1, 441, 60)
+    inputs = rows.make_inputs(row, CPU, torch.float64)
+    probabilities = reference.isolated_probabilities(inputs.patch_logits, inputs.uniform_logits)
+    kl = reference.divergence(probabilities)[0]
+    off_diagonal = kl[~torch.eye(441, dtype=torch.bool)]
+    low, high = off_diagonal.quantile(torch.tensor([0.01, 0.99], dtype=torch.float64))
+    assert 1e-3 < low < high < 5
+    kept = reference.kept_patches(1 / (1 + kl[None]), FSAConfig())
+    assert 0.2 < kept.double().mean() < 0.5
+
+
+# --------------------------------------------------------------------------------------------------
+# Published hosts
+
+
+@pytest.mark.parametrize("feedback", [False, True], ids=["host", "host + FSA"])
+@pytest.mark.parametrize("name", HOSTS)
+def test_published_hosts_are_ours_to_rounding(name, feedback):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        visual = VisionTransformer(
+            image_size=32, patch_size=8, width=24, layers=3, heads=3, mlp_ratio=2.0, output_dim=16
+        )
+    visual = visual.eval().requires_grad_(False).double()
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(1, 3, 32, 40, generator=generator, dtype=torch.float64)
+    text = torch.randn(5, 16, generator=generator, dtype=torch.float64)
+    text = functional.normalize(text, dim=-1)
+    vfm = None
+    if name == "proxyclip":
+        vfm = torch.randn(1, 10, 5, 6, generator=generator, dtype=torch.float64)
+    config = FSAConfig(beta=2.3) if feedback else None
+    ours = hosts.build(name, visual).features(images, text, vfm_features=vfm, config=config)
+    theirs = PublishedHost(name, visual)(
+        images, text, vfm_features=vfm, feedback=feedback, beta=2.3
+    )
+    assert relative_error(theirs, ours) < 1e-10
+
+
+@pytest.mark.parametrize("feedback", [False, True], ids=["host", "host + FSA"])
+@pytest.mark.parametrize("name", MODEL_VECTORS)
+def test_published_proxyclip_gives_the_published_outputs(name, feedback):
+    data = vector(name)
+    sizes = ("image_size", "patch_size", "width", "layers", "heads", "output_dim")
+    visual = VisionTransformer(**{key: int(data[key]) for key in sizes}, mlp_ratio=4.0).eval()
+    prefix = "state/"
+    state = {key[len(prefix) :]: data[key] for key in data if key.startswith(prefix)}
+    visual.load_state_dict(state)
+    features = PublishedHost("proxyclip", visual.double())(
+        data["image"],
+        data["text_features"],
+        vfm_features=data["vfm_features"],
+        feedback=feedback,
+        beta=float(data["beta"]),
+    )
+    expected = data["features_proxy_fsa" if feedback else "features_proxy"]
+    assert relative_error(features, expected) < 1e-12
+
+
+# --------------------------------------------------------------------------------------------------
+# Rows
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        (OpRow("op", 2, 16, 3), {"published", "algebra", "fsa torch"}),
+        (OpRow("step", 1, 16, 3), {"published", "algebra", "fsa torch"}),
+        (HostRow("clearclip", TOY_BACKBONE, side=64, C=3), set(tables.MODES)),
+        (HostRow("proxyclip", TOY_BACKBONE, side=32, C=3), set(tables.MODES)),
+        (PictureRow("sclip", TOY_BACKBONE, 112, 144, 112, 56, 3), set(tables.MODES)),
+    ],
+    ids=lambda value: value.name if isinstance(value, Row) else "",
+)
+def test_a_row_of_every_kind_is_timed(row, names, monkeypatch):
+    monkeypatch.setattr(timing, "_ROUNDS", 3)
+    record = toy(Job(row, ("time",)))
+    assert set(record["contenders"]) == names
+    for name, entry in record["contenders"].items():
+        assert 0 < entry["series"]["p20"] <= entry["series"]["median"] <= entry["series"]["p80"], (
+            name
+        )
+    assert record["name"] == row.name
+
+
+def test_memory_of_both_ways_of_the_step_is_measured(monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        memory, "peak_extra_bytes_cpu", lambda row, name, dtype: taken.append(name) or 1
+    )
+    record = toy(Job(OpRow("step", 1, 8192, 171, ways=True), ("memory",)))
+    assert {"fsa stored", "fsa streamed"} <= set(taken) == set(record["contenders"])
+    assert not {"fsa stored", "fsa streamed"} & set(OpRow("step", 1, 64, 3).contenders(CPU, FLOAT))
+
+
+def test_both_ways_of_the_step_are_the_same():
+    row = OpRow("step", 1, 80, 5, ways=True)
+    inputs = row.inputs(CPU, FLOAT)
+    builds = row.contenders(CPU, FLOAT, inputs)
+    stored = builds["fsa stored"]()()
+    assert relative_error(builds["fsa streamed"]()(), stored) < RELATIVE_ERROR[FLOAT]
+
+
+@pytest.mark.parametrize("kind", ["op", "step"])
+def test_numerics_are_recorded_and_within_the_limits(kind):
+    record = toy(Job(OpRow(kind, 3, 50, 7), ("numerics",)))
+    for name, entry in record["contenders"].items():
+        found = entry["numerics"]
+        assert found["relative_error"] < RELATIVE_ERROR[FLOAT], name
+        assert ("decisions_that_differ" in found) == (kind == "op")
+        assert not numerics.beyond_limits(name, found, FLOAT)
+
+
+@pytest.mark.parametrize("host", ["clearclip", "proxyclip"])
+def test_a_host_may_err_twice_as_much_as_plain_pytorch(host):
+    row = HostRow(host, TOY_BACKBONE, side=64, C=3)
+    record = toy(Job(row, ("numerics",)))
+    assert set(record["contenders"]) == set(tables.MODES)
+    for name, entry in record["contenders"].items():
+        assert entry["numerics"]["relative_error"] < entry["numerics"]["limit"], name
+    assert runner.complaints({"rows": [record]}) == []
+    inputs = row.inputs(CPU, FLOAT)
+    judge = numerics.judge_for(row, inputs)
+    features = row.contenders(CPU, FLOAT, inputs)["fsa on"]()()
+    assert not numerics.beyond_limits("fsa on", judge("fsa on", features), FLOAT)
+    for wrong in (features * 1.001, features * float("nan"), features.roll(1, dims=1)):
+        assert numerics.beyond_limits("fsa on", judge("fsa on", wrong), FLOAT)
+    # Without feedback is another result.
+    assert numerics.beyond_limits("fsa off", judge("fsa off", features), FLOAT)
+
+
+def test_an_entry_that_rounds_to_zero_is_no_decision():
+    exact = torch.tensor([[[0.7, 0.3, 1e-12], [0.5, 0.5, 0.0], [0.2, 0.8, 0.0]]]).double()
+    # What is kept follows from the similarities: two of three in the first row and so on.
+    against = numerics.Exact([0], exact, torch.rand(1, 3, 3).double())
+    half = exact.half()
+    assert half[0, 0, 2] == 0
+    assert numerics.judge(half, against)["decisions_that_differ"] == 0
+    half[0, 1, 0] = 0
+    assert numerics.judge(half, against)["decisions_that_differ"] == pytest.approx(1 / 9)
+
+
+def test_only_near_ties_at_the_rows_threshold_may_be_decided_by_rounding():
+    row = torch.linspace(0.9, 0.1, 12, dtype=torch.float64)
+    kept = reference.kept_patches(row[None, None], FSAConfig())[0, 0]
+    lowest = int(kept.sum()) - 1
+
+    def unexplained(gap: float) -> int:
+        similarities = row.clone()
+        similarities[lowest + 1] = similarities[lowest] - gap
+        swapped = kept.clone()
+        swapped[[lowest, lowest + 1]] = swapped[[lowest + 1, lowest]]
+        return unexplained_decisions(swapped[None, None], similarities[None, None], FSAConfig())
+
+    assert unexplained(1e-7) == 0
+    assert unexplained(1e-3) == 2
+
+
+def test_limits_hold_for_this_library_only():
+    bad = {"relative_error": 0.1, "unexplained_decisions": 2}
+    assert len(numerics.beyond_limits("fsa triton", bad, FLOAT)) == 2
+    assert numerics.beyond_limits("fsa torch", {"relative_error": float("nan")}, FLOAT)
+    assert numerics.beyond_limits("published", bad, FLOAT) == []
+
+
+def test_memory_of_the_torch_path_stays_below_four_matrices():
+    N = 2048
+    taken = memory.peak_extra_bytes_cpu(OpRow("op", 1, N, 171), "fsa torch")
+    # The result alone is one matrix; less would mean that nothing was measured.
+    assert 0.9 * N * N * 4 < taken < 4 * N * N * 4
+
+
+def test_memory_of_what_does_not_fit_is_refused_in_words():
+    with pytest.raises(DoesNotFit, match="GiB"):
+        memory.peak_extra_bytes_cpu(OpRow("op", 1, 100_000, 2), "published")
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+
+@dataclass(frozen=True)
+class Mishaps(Row):
+    """Contenders that fail in every way."""
+
+    kind: str = "op"
+    name: str = "mishaps"
+
+    def small(self):
+        return self
+
+    def contenders(self, device, dtype):
+        def raises():
+            raise ValueError("no such luck")
+
+        def full():
+            raise DoesNotFit("needs 9 GiB")
+
+        return {
+            "fine": lambda: lambda: torch.ones(1),
+            "cannot be built": raises,
+            "raises": lambda: raises,
+            "does not fit": full,
+            "ends the process": lambda: lambda: os._exit(3),
+            "never ends": lambda: lambda: time.sleep(600),
+        }
+
+
+def test_a_crash_is_recorded_and_stops_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(runner._PATIENCE, "cpu", 10.0)
+    after = OpRow("op", 1, 16, 3)
+    runner.run(
+        [Job(Mishaps(), ("time",)), Job(after, ("time",)), Job(after, ("numerics",))],
+        tmp_path / "cpu.json",
+        device=CPU,
+        dtype=FLOAT,
+        budget=300,
+    )
+    record = results_data.load("cpu", tmp_path)
+    first, second = results_data.rows(record, "op")
+    entries = first["contenders"]
+    assert entries["fine"]["series"]["median"] > 0
+    assert "no such luck" in entries["cannot be built"]["error"]
+    assert "no such luck" in entries["raises"]["error"]
+    assert "9 GiB" in entries["does not fit"]["does_not_fit"]
+    assert "exit code 3" in entries["ends the process"]["error"]
+    assert "no sign of life" in entries["never ends"]["error"]
+    assert {"series", "numerics"} <= set(second["contenders"]["fsa torch"])
+    text = "a\n<!-- table x -->\nold\n<!-- end -->\nb"
+    text = tables.fill(text, {"x": tables.speed_table(record)})
+    assert "old" not in text
+    assert f"| {after.name} |" in text
+    assert text.endswith("<!-- end -->\nb")
+
+
+def test_what_the_budget_interrupts_is_no_failure():
+    working = Worker(CPU, FLOAT, patience=60)
+    try:
+        record = working.do(Job(OpRow("op", 1, 16, 3), ("time",)), deadline=time.monotonic() + 0.01)
+    finally:
+        working.stop()
+    assert record["not_finished"]
+    assert runner.complaints({"rows": [record]}) == []
+
+
+REPLAY_SECONDS = 0.005
+
+
+class StandIn:
+    """Takes the place of what `torch.cuda` offers, without a GPU."""
+
+    def __init__(self, *args, **kwargs):
+        self.time = 0.0
+        self.options = kwargs
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return False
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: None
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1000 * (end.time - self.time)
+
+    def replay(self):
+        time.sleep(REPLAY_SECONDS)
+
+    def debug_dump(self, path):
+        # PyTorch draws nothing of a graph that it was not told to keep.
+        if self.options.get("keep_graph"):
+            Path(path).write_text(drawing(30))
+
+
+def drawing(kernels: int) -> str:
+    """A captured graph as the CUDA runtime draws it: kernels, and a node that is no launch."""
+    kernel = """
+"graph_1_node_{0}"[style="bold" shape="record" label="{{KERNEL
+| {{ID | {0} (topoId: 3) | _isolate_kernel\\<\\<\\<1,128,0\\>\\>\\>}}
+| {{cooperative | 0}}
+}}"];"""
+    nodes = [kernel.format(number) for number in range(kernels)]
+    nodes.append('"graph_1_node_99"[style="solid" shape="record" label="{EMPTY\n}"];')
+    nodes.append('"graph_1_node_0" -> "graph_1_node_1" [headlabel=0];')
+    return "digraph dot {\nsubgraph cluster_1 {" + "\n".join(nodes) + "\n}\n}\n"
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    monkeypatch.setattr(timing, "_ROUNDS", 3)
+    for name in ("Event", "CUDAGraph", "Stream", "stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, StandIn)
+    for name in ("synchronize", "empty_cache", "current_stream", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, StandIn())
+    monkeypatch.setattr(StandIn, "__call__", lambda *args: StandIn(), raising=False)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 164)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    return torch.device("cuda")
+
+
+def test_on_a_gpu_there_are_three_figures_launches_and_memory(pretended_gpu):
+    calls = {"a": lambda: torch.ones(3), "b": lambda: torch.zeros(3)}
+    figures, spoilt = timing.time_calls(calls, pretended_gpu, graphs=True)
+    assert not spoilt
+    for entry in figures.values():
+        assert {"series", "one_call", "graph", "launches"} == set(entry)
+        assert entry["launches"] == 3
+        assert entry["series"]["median"] > 0
+        # Of one of the ten calls that a replay does.
+        assert 1000 * REPLAY_SECONDS / 10 <= entry["graph"]["median"] < 1000 * REPLAY_SECONDS
+    assert memory.peak_extra_bytes_cuda(calls["a"], pretended_gpu) == 64
+    figures, _ = timing.time_calls(calls, pretended_gpu, graphs=False)
+    assert "graph" not in figures["a"]
+    figures, _ = timing.time_calls(calls, pretended_gpu, graphs=True, uncaptured=["a"])
+    assert "graph" not in figures["a"]
+    assert "graph" in figures["b"]
+
+
+def test_long_calls_are_captured_alone(pretended_gpu):
+    def slow():
+        time.sleep(0.002)
+        return torch.ones(1)
+
+    figures, _ = timing.time_calls({"slow": slow}, pretended_gpu, graphs=True)
+    assert figures["slow"]["launches"] == 30
+    assert figures["slow"]["graph"]["median"] >= 1000 * REPLAY_SECONDS
+
+
+@pytest.mark.parametrize(
+    ("drawn", "count"),
+    [
+        (drawing(2), 2),
+        ('"graph_1_node_0"[style="solid" shape="record" label="{\nMEMCPY\n| {{ID | node}}"];', 1),
+        ('"graph_1_node_0"[style="solid" shape="record" label="{\nMEMSET\n| {{ID | node}}"];', 1),
+        (drawing(0), None),
+        ("another format", None),
+    ],
+)
+def test_launches_are_the_kernels_copies_and_fills_of_a_drawing(drawn, count):
+    class Graph:
+        def debug_dump(self, path):
+            Path(path).write_text(drawn)
+
+    assert timing._launches(Graph()) == count
+
+
+def test_without_a_drawing_the_profiler_counts(pretended_gpu, monkeypatch):
+    class Profiler:
+        def __init__(self, activities):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def events(self):
+            kinds = (timing.DeviceType.CUDA,) * 4 + (timing.DeviceType.CPU,)
+            return [SimpleNamespace(device_type=kind) for kind in kinds]
+
+    def broken(activities):
+        raise RuntimeError("CUPTI cannot be initialised")
+
+    monkeypatch.setattr(StandIn, "debug_dump", lambda self, path: None)
+    for profiler, count in ((Profiler, 4), (broken, None)):
+        monkeypatch.setattr(timing, "profile", profiler)
+        figures, _ = timing.time_calls({"a": lambda: torch.ones(3)}, pretended_gpu, graphs=True)
+        assert figures["a"]["launches"] == count
+        assert figures["a"]["graph"]["median"] > 0
+
+
+def test_the_profiler_runs_a_call():
+    calls = []
+    assert timing.profiled_launches(lambda: calls.append(torch.ones(2) + 1), CPU) is None
+    assert len(calls) == 1
+
+
+def test_captures_that_keep_failing_are_not_tried_again(monkeypatch):
+    sent = []
+
+    class Connection:
+        def send(self, content):
+            sent.append(content)
+
+        def poll(self, seconds):
+            return True
+
+        def recv(self):
+            failed = {"graph": {"error": "not permitted"}}
+            fine = {"graph": {"median": 1.0}}
+            skip = sent[-1][2]
+            entries = {"bad": {} if "bad" in skip else failed, "good": fine}
+            return "done", ({"contenders": entries}, "bad" not in skip)
+
+    monkeypatch.setattr(Worker, "_started", lambda self: Connection())
+    working = Worker(CPU, FLOAT, patience=60)
+    for _ in range(3):
+        working.do(Job(OpRow("op", 1, 16, 3), ("time",)), deadline=time.monotonic() + 60)
+    working.do(Job(OpRow("step", 1, 16, 3), ("time",)), deadline=time.monotonic() + 60)
+    assert [uncaptured for _, _, uncaptured in sent] == [set(), set(), {"bad"}, set()]
+
+
+def test_a_failed_capture_is_recorded_and_retires_the_process(pretended_gpu, monkeypatch):
+    def refuse(call, device, calls):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(timing, "capture", refuse)
+    figures, spoilt = timing.time_calls({"a": torch.ones(3).sum}, pretended_gpu, graphs=True)
+    assert spoilt
+    assert "not permitted" in figures["a"]["graph"]["error"]
+    assert figures["a"]["series"]["median"] > 0
+
+
+def test_a_lost_device_is_said_and_the_row_done_again(pretended_gpu, monkeypatch):
+    def gone(device=None):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        measure(Job(Mishaps(), ("time",)), pretended_gpu, FLOAT)
+
+
+class HereAndNow:
+    """Does jobs in this process; takes the place of a worker."""
+
+    def __init__(self, device, dtype, patience):
+        self.device, self.dtype = device, dtype
+
+    def do(self, job, deadline):
+        record, spoilt = measure(job, self.device, self.dtype)
+        assert not spoilt
+        return record
+
+    def stop(self):
+        pass
+
+
+@pytest.fixture
+def toy_inputs(monkeypatch):
+    """Every row computes a toy of its kind on the CPU, under its own name."""
+    ours, of_host, of_picture = rows.ours, HostRow.inputs, PictureRow.contenders
+
+    def op_inputs(row, device, dtype):
+        return rows.make_inputs(OpRow(row.kind, row.B, 12, 5), CPU, dtype)
+
+    def host_inputs(row, device, dtype):
+        return of_host(HostRow(row.host, TOY_BACKBONE, side=32, C=3), CPU, dtype)
+
+    def picture_contenders(row, device, dtype):
+        toy = PictureRow(row.host, TOY_BACKBONE, 112, 112, 112, 112, 3)
+        return of_picture(toy, CPU, dtype)
+
+    monkeypatch.setattr(OpRow, "inputs", op_inputs)
+    monkeypatch.setattr(HostRow, "inputs", host_inputs)
+    monkeypatch.setattr(PictureRow, "contenders", picture_contenders)
+    monkeypatch.setattr(rows, "ours", lambda kind, backend, *rest: ours(kind, "torch", *rest))
+    monkeypatch.setattr(rows, "require_memory", lambda needed, device: None)
+    # Without a compiler for C++, which not every machine has.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    for name, value in (("_ROUNDS", 1), ("_FEWEST_ROUNDS", 1), ("_SERIES_SECONDS", 1e-6)):
+        monkeypatch.setattr(timing, name, value)
+    monkeypatch.setattr(timing, "_LAUNCHES_COUNT_BELOW_SECONDS", 60.0)
+    # Hundreds of times in a process that holds a whole test suite.
+    monkeypatch.setattr(contenders.gc, "collect", lambda *_: 0)
+
+
+def test_the_whole_run_on_a_gpu_from_rows_to_plots(
+    pretended_gpu, toy_inputs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(runner, "Worker", HereAndNow)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    jobs = [*registry.MARKS_GPU, Job(OpRow("op", 8, 441, 21), worker.MEASURES)]
+    record = runner.run(
+        jobs, tmp_path / "gpu.json", device=pretended_gpu, dtype=FLOAT, budget=600, commit="abc"
+    )
+    assert runner.complaints(record) == []
+    assert [row["name"] for row in record["rows"]] == [job.row.name for job in jobs]
+    measured = {"time": {"series", "one_call"}, "numerics": {"numerics"}, "memory": {"memory"}}
+    for job, row in zip(jobs, record["rows"], strict=True):
+        wanted = set().union(*(measured[measure] for measure in job.measures))
+        wanted |= {"graph", "launches"} if job.row.graphs else set()
+        for name, entry in row["contenders"].items():
+            assert wanted <= set(entry), (row["name"], name, entry)
+    of_steps = record["rows"][jobs.index(Job(jobs[7].row, worker.MEASURES))]["contenders"]
+    assert {*tables._ORDER, *tables._WAYS} == set(of_steps)
+
+    record = results_data.load("gpu", tmp_path)
+    assert all(mark.value is not None and mark.verdict for mark in marks.marks(record))
+    made = tables.tables(None, record, results_data.load("launches"))
+    about_gpu = {name: text for name, text in made.items() if "cpu" not in name}
+    assert [name for name, text in about_gpu.items() if text == tables.NOT_MEASURED] == []
+    assert "failed" not in "".join(about_gpu.values())
+    plots.draw(None, record, tmp_path / "cost.png")
+
+
+def test_failures_and_inexactness_of_ours_are_complaints():
+    record = toy(Job(OpRow("op", 1, 16, 3), ("numerics",)))
+    assert runner.complaints({"rows": [record]}) == []
+    entry = record["contenders"]["fsa torch"]
+    entry["numerics"]["relative_error"] = 0.5
+    entry["beyond_limits"] = runner._beyond(record, FLOAT)["fsa torch"]
+    (complaint,) = runner.complaints({"rows": [record]})
+    assert "relative error 5.0e-01" in complaint
+    del entry["beyond_limits"]
+    entry["error"] = "it broke"
+    record["contenders"]["published"]["error"] = "it broke too"
+    assert runner.complaints({"rows": [record]}) == ["op B=1 N=16 C=3, fsa torch: it broke"]
+    entry["error"] = "it broke"
+    entry["graph"] = {"error": "not captured"}
+    record |= {"error": "no model", "exact": {"error": "no judge"}}
+    assert runner.complaints({"rows": [record]}) == [
+        "op B=1 N=16 C=3: no model",
+        "op B=1 N=16 C=3, in float64: no judge",
+        "op B=1 N=16 C=3, fsa torch: it broke; not captured",
+    ]
+
+
+def test_rows_beyond_the_budget_are_named_not_estimated(tmp_path):
+    jobs = [Job(OpRow("op", 1, 16, 3), ("time",))]
+    record = runner.run(
+        jobs, tmp_path / "run.json", device=CPU, dtype=FLOAT, budget=-1, commit="abc"
+    )
+    assert record["environment"]["commit"] == "abc"
+    assert record["not_begun"] == ["op B=1 N=16 C=3: time"]
+    assert record["rows"] == []
+
+
+def test_only_chooses_rows_and_measures():
+    jobs = [
+        Job(OpRow("op", 1, 16, 3), ("time", "numerics", "memory")),
+        Job(OpRow("step", 1, 16, 3), ("time",)),
+        Job(HostRow("sclip", "ViT-B/16"), ("time", "memory")),
+    ]
+    assert runner.narrowed(jobs, runner.ONLY) == jobs
+    assert [j.measures for j in runner.narrowed(jobs, ["op"])] == [("time",)]
+    assert [j.row.kind for j in runner.narrowed(jobs, ["memory"])] == ["op", "host"]
+
+
+def test_results_without_git_and_without_proc(monkeypatch):
+    def missing(*args, **kwargs):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(runner.subprocess, "run", missing)
+    monkeypatch.setattr("pathlib.Path.read_text", missing)
+    environment = runner.environment(CPU)
+    assert environment["commit"] == "unknown"
+    assert environment["processor"]
+    assert contenders.bytes_free(CPU) > 0
+
+
+def test_what_is_not_a_number_is_written_as_null(tmp_path):
+    runner.write({"a": [float("nan"), 1.0]}, tmp_path / "run.json")
+    assert json.loads((tmp_path / "run.json").read_text()) == {"a": [None, 1.0]}
+
+
+def test_the_registry_covers_what_is_asked_for():
+    gpu = {job.row.name for job in registry.GPU}
+    for kind in ("op", "step"):
+        for N in (196, 441, 784, 1024, 1764, 4096, 8192):
+            for C in (21, 150, 171, 847):
+                assert {f"{kind} B={B} N={N} C={C}" for B in (1, 8, 40)} <= gpu
+    for host, backbone in paper.LATENCY_MS:
+        assert f"{host} {backbone} 336" in gpu
+    cpu = {(job.row.name, measure) for job in registry.CPU for measure in job.measures}
+    assert ("op B=1 N=16384 C=171", "memory") in cpu
+    for N in (196, 784, 1764):
+        for C in (21, 60, 150, 171):
+            assert (f"step B=1 N={N} C={C}", "time") in cpu
+    assert len({(job.row.name, job.measures) for job in registry.GPU}) == len(registry.GPU)
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS)))
+def test_every_command_is_there(name):
+    module = __import__(COMMANDS[name], fromlist=["main"])
+    assert callable(module.main)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tables
+
+
+def made_up_record() -> dict:
+    def entry(ms, **more):
+        return {"series": {"median": ms}, "graph": {"median": ms / 2}, **more}
+
+    environment = dict.fromkeys(("processor", "cpu_threads", "triton", "open_clip_torch"), "x")
+    environment |= {"gpu": "G", "torch": "9", "commit": "c", "date": "2030-01-01", "command": "do"}
+    return {
+        "environment": environment,
+        "dtype": "float16",
+        "not_begun": ["op B=9 N=9 C=9: time"],
+        "rows": [
+            {
+                **contenders.describe(OpRow("op", 1, 1764, 171)),
+                "contenders": {
+                    "published": entry(8.0, memory=3 << 20),
+                    "torch.compile": entry(1.0),
+                    "algebra": {"does_not_fit": "no"},
+                    "fsa torch": {"error": "broke"},
+                    "fsa triton": entry(0.04, numerics={"relative_error": None}),
+                },
+            },
+            {
+                **contenders.describe(HostRow("sclip", "ViT-L/14")),
+                "contenders": {
+                    "published off": entry(10.0),
+                    "published on": entry(15.0),
+                    "fsa off": entry(8.0, launches=100),
+                    "fsa on": entry(
+                        8.4, launches=107, numerics={"relative_error": 1e-3, "limit": 2e-3}
+                    ),
+                },
+            },
+        ],
+    }
+
+
+def test_tables_come_from_the_data():
+    record = made_up_record()
+    speed = tables.speed_table(record)
+    assert "| op B=1 N=1764 C=171 | 8 | does not fit | 1 | failed | 0.04 | 200× | 25× |" in speed
+    host = tables.host_table(record)
+    assert "| sclip ViT-L/14 336 | 10 | 15 | 8 | 8.4 | 50% | 5% | 5.97% | 1.19× |" in host
+    assert "| op B=1 N=1764 C=171 | 3 |" in tables.memory_table(record)
+    assert "not finite" in tables.numerics_table(record)
+    assert "sclip" not in tables.numerics_table(record)
+    hosts_numerics = tables.host_numerics_table(record)
+    assert "| sclip ViT-L/14 336 | - | - | - | 1.0e-03 of 2.0e-03 |" in hosts_numerics
+    found = {mark.text: mark for mark in marks.marks(record)}
+    assert found["logits → A_f, N=1764, C=171"].value == pytest.approx(20)
+    assert found["logits → A_f, N=1764, C=171"].verdict == "met"
+    assert found["sclip ViT-L/14: FSA on against off"].verdict == "NOT MET"
+    assert found["sclip ViT-L/14: the host alone as published, over FSA on here"].verdict == "met"
+    assert found["street picture, ProxyCLIP with FSA, over the published loop"].value is None
+    assert "op B=9 N=9 C=9: time" in tables.tables(None, record)["not-begun-gpu"]
+
+
+def test_what_was_not_measured_is_called_that():
+    made = tables.tables(None, None)
+    assert made["speed-gpu"] == made["host-cpu"] == "not measured"
+    assert "| logits → A_f, N=196, C=171 | ≤ 12 µs | not measured |" in made["marks"]
+    assert "| proxyclip ViT-B/16 | 12.9 | 13.6 | 5.4% |" in made["paper"]
+
+
+@pytest.mark.parametrize("file", [tables.README, tables.PAGE], ids=lambda file: file.name)
+def test_committed_tables_are_those_of_the_committed_results(file):
+    text = file.read_text()
+    made = tables.tables(*map(results_data.load, ("cpu", "gpu", "launches")))
+    assert "<!-- table " in text
+    assert tables.fill(text, made) == text
+
+
+def test_the_plot_is_drawn_with_and_without_results(tmp_path):
+    for number, record in enumerate((None, made_up_record())):
+        file = tmp_path / f"{number}.png"
+        plots.draw(None, record, file)
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+# --------------------------------------------------------------------------------------------------
+# Machine code
+
+
+def test_the_hot_loop_is_the_innermost_with_tensor_cores():
+    lines = [
+        "/*0000*/ LDG.E R1, [R2] ; /* 0x0 */",
+        "/*0010*/ HMMA.16816.F32 R4, R8, R12, R4 ; /* 0x0 */",
+        "/*0020*/ LDS R8, [R2] ; /* 0x0 */",
+        "/*0030*/ @P0 BRA 0x10 ; /* 0x0 */",
+        "/*0040*/ FADD R1, R2, R3 ; /* 0x0 */",
+        "/*0050*/ FADD R1, R2, R3 ; /* 0x0 */",
+        "/*0060*/ FADD R1, R2, R3 ; /* 0x0 */",
+        "/*0070*/ @!P1 BRA 0x40 ; /* 0x0 */",
+        "/*0080*/ @P2 BRA 0x0 ; /* 0x0 */",
+        "/*0090*/ BRA 0x90; /* 0x0 */",
+    ]
+    found = hot_loop("\n".join(f"        {line}" for line in lines))
+    assert found == {"MMA": 1, "LDS": 1, "all": 3}
+    assert hot_loop("\n".join(lines[4:7])) == {"all": 3}

@@ -1,0 +1,534 @@
+"""The Triton kernels against the definition: on the GPU, or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fsa
+import fsa_kernels
+from fsa import FSAConfig, hosts, reference
+from fsa.ops import torch_backend
+from tests.support.accuracy import (
+    OP_VECTORS,
+    RELATIVE_ERROR,
+    relative_error,
+    segment_logits,
+    unexplained_decisions,
+    vector,
+)
+from tests.support.forms import FORMS, form_id
+from tests.support.offsets import compiles_ahead_of_time
+from tests.support.towers import inputs_of, random_tower
+
+if not fsa_kernels.available():
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# The interpreter is slow: what is large for it is left to the GPU.
+SIZES = [1, 2, 3, 63, 64, 65] + ([196, 441, 1024, 1764] if DEVICE == "cuda" else [])
+CLASSES = [1, 2, 21, 171] + ([847, 10000] if DEVICE == "cuda" else [])
+
+
+def attention_of(logits, uniform=None, config=None):
+    """A_f by the kernels, back on the CPU."""
+    logits = logits.to(DEVICE)
+    uniform = None if uniform is None else uniform.to(DEVICE)
+    return fsa.feedback_attention(logits, uniform, config=config, backend="triton").cpu()
+
+
+@pytest.mark.parametrize("name", OP_VECTORS)
+def test_the_published_vectors_come_out(name):
+    data = vector(name)
+    config = FSAConfig(beta=float(data["beta"]), confidence=float(data["confidence"]))
+    logits, uniform = data["patch_logits"].float(), data["uniform_logits"].float()
+    feedback = attention_of(logits, uniform, config)
+    plain = reference.feedback_attention(logits, uniform, config)
+    allowed = max(
+        RELATIVE_ERROR[torch.float32], 2 * relative_error(plain, data["feedback_attention"])
+    )
+    assert relative_error(feedback, data["feedback_attention"]) < allowed
+    assert unexplained_decisions(feedback > 0, 1 / (1 + data["kl"]), config) == 0
+
+
+@pytest.mark.parametrize("C", CLASSES)
+@pytest.mark.parametrize("N", SIZES)
+def test_every_size_agrees_with_the_definition(N, C):
+    logits, uniform = (tensor.float() for tensor in segment_logits(N, C, B=2))
+    exact = reference.feedback_attention(logits.double(), uniform.double())
+    assert relative_error(attention_of(logits, uniform), exact) < RELATIVE_ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("config", FORMS, ids=form_id)
+def test_every_form_agrees_with_the_definition(config):
+    logits, uniform = (tensor.float() for tensor in segment_logits(40, 9))
+    exact = reference.feedback_attention(logits.double(), uniform.double(), config)
+    feedback = attention_of(logits, uniform, config)
+    assert relative_error(feedback, exact) < RELATIVE_ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("config", FORMS, ids=form_id)
+def test_ties_are_kept_lowest_index_first(config):
+    generator = torch.Generator().manual_seed(1)
+    distinct = torch.randn(1, 5, 3, generator=generator)
+    logits = distinct[:, torch.randint(5, (60,), generator=generator)]
+    exact = reference.feedback_attention(logits.double(), None, config)
+    feedback = attention_of(logits, config=config)
+    assert relative_error(feedback, exact) < RELATIVE_ERROR[torch.float32]
+    assert torch.equal(feedback > 0, exact > 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_type_is_computed_as_exactly_as_float32(dtype):
+    logits, uniform = (tensor.to(dtype) for tensor in segment_logits(100, 21))
+    exact = reference.feedback_attention(logits.double(), uniform.double())
+    feedback = attention_of(logits, uniform)
+    assert feedback.dtype == dtype
+    assert relative_error(feedback, exact) < RELATIVE_ERROR[dtype]
+
+
+def test_exact_is_more_exact_than_fast():
+    logits, uniform = (tensor.float() for tensor in segment_logits(100, 60))
+    exact = reference.feedback_attention(logits.double(), uniform.double())
+    errors = [
+        relative_error(attention_of(logits, uniform, FSAConfig(precision=precision)), exact)
+        for precision in ("exact", "fast")
+    ]
+    assert errors[0] < RELATIVE_ERROR[torch.float32] < errors[1] < 0.2
+
+
+@pytest.mark.parametrize("per_patch", [False, True])
+def test_uniform_logits_and_strides_are_taken_as_they_are(per_patch):
+    logits, uniform = (tensor.float() for tensor in segment_logits(50, 14, B=2))
+    if per_patch:
+        uniform = torch.randn(2, 50, 14, generator=torch.Generator().manual_seed(2))
+    straight = attention_of(logits[:, ::2, ::2].clone(), uniform[:, :: 1 + per_patch, ::2].clone())
+    assert torch.equal(
+        straight, attention_of(logits[:, ::2, ::2], uniform[:, :: 1 + per_patch, ::2])
+    )
+    transposed = logits.transpose(1, 2).contiguous().transpose(1, 2)[:, ::2, ::2]
+    assert torch.equal(straight, attention_of(transposed, uniform[:, :: 1 + per_patch, ::2]))
+
+
+def test_all_equal_rows_attend_by_index():
+    expected = torch.tensor([0.25] * 4 + [0.0] * 6).expand(1, 10, 10)
+    torch.testing.assert_close(attention_of(torch.zeros(1, 10, 3)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_one_hot_and_enormous_logits_stay_finite(dtype):
+    logits = torch.full((1, 12, 5), -60000.0)
+    logits[0, torch.arange(12), torch.arange(12) % 5] = 60000.0
+    exact = reference.feedback_attention(logits.double())
+    assert relative_error(attention_of(logits.to(dtype)), exact) < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("config", FORMS[::2], ids=form_id)
+def test_a_broken_row_gives_nan_and_touches_no_other(value, config):
+    logits, _ = segment_logits(30, 5)
+    broken = logits.float().clone()
+    # Patch 0 is one of those that the centre is taken from.
+    broken[0, 0, 2] = value
+    feedback = fsa_kernels.feedback_attention(
+        broken.to(DEVICE),
+        None,
+        dtype=torch.float32,
+        beta=config.beta,
+        confidence=config.confidence,
+        similarity=config.similarity,
+        pruning=config.pruning,
+        ratio=config.ratio,
+        threshold=config.threshold,
+        scaling=config.scaling,
+    ).cpu()
+    assert feedback[0, 0].isnan().all()
+    assert (feedback[0, 1:, 0] == 0).all()
+    if config.pruning != "ratio":  # A ratio counts the broken patch into N.
+        without = reference.feedback_attention(logits[:, 1:], None, config)
+        assert relative_error(feedback[:, 1:, 1:], without) < RELATIVE_ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("config", FORMS[::2], ids=form_id)
+def test_rows_too_long_for_registers_are_searched_the_same_way(config, monkeypatch):
+    from fsa_kernels import launch
+
+    generator = torch.Generator().manual_seed(1)
+    distinct = torch.randn(1, 5, 3, generator=generator)
+    logits = distinct[:, torch.randint(5, (60,), generator=generator)]
+    exact = reference.feedback_attention(logits.double(), None, config)
+    monkeypatch.setattr(launch, "LONGEST_ROW_IN_REGISTERS", 0)
+    monkeypatch.setattr(launch, "select_long", lambda: launch.Launch({"BLOCK_N": 32}, 1))
+    feedback = attention_of(logits, config=config)
+    assert relative_error(feedback, exact) < RELATIVE_ERROR[torch.float32]
+    assert torch.equal(feedback > 0, exact > 0)
+
+
+@pytest.fixture
+def search_steps(monkeypatch):
+    """How many steps the search for each row's threshold takes, row by row."""
+    from fsa_kernels import feedback
+
+    if not fsa_kernels.interpreting():
+        pytest.skip("steps are counted in Triton's interpreter")
+    pivot, steps = feedback._pivot, []
+
+    def counting(low, high, excess, lack, step):
+        if int(step) == 0:
+            steps.append(0)
+        steps[-1] += 1
+        return pivot(low, high, excess, lack, step)
+
+    monkeypatch.setattr(feedback, "_pivot", counting)
+    return steps
+
+
+def test_the_search_takes_few_steps(search_steps):
+    logits, uniform = (tensor.float() for tensor in segment_logits(196, 21))
+    attention_of(logits, uniform)
+    # The middle of the interval every time would take 9.3, and 12 at most.
+    assert len(search_steps) == 196
+    assert sum(search_steps) / 196 < 7.5
+    assert max(search_steps) <= 12
+
+
+def kept_of_a_row(similarities, share):
+    """What the search keeps of a row of similarities, in their order."""
+    from fsa_kernels import feedback
+
+    N = len(similarities)
+    padded = -(-N // 64) * 64
+    row = torch.full((1, 1, padded), -1.0)
+    row[0, 0, :N] = similarities
+    out, h = torch.empty(1, 1, padded), torch.zeros(1, N)
+    feedback._select_kernel[(1,)](
+        *(row, h, out, N, 0, 1, padded, padded, 0.0, share, 0.0),
+        PRUNING=0,
+        SCALING=False,
+        BLOCK_N=1 << (padded - 1).bit_length(),
+    )
+    return out[0, 0, :N] > 0
+
+
+def test_the_search_ends_where_similarities_double_one_by_one(search_steps):
+    similarities = 2.0 ** -torch.arange(60)
+    confidence = similarities.double().softmax(dim=0).cumsum(dim=0)
+    assert torch.equal(kept_of_a_row(similarities, 0.45), confidence <= 0.45)
+    assert search_steps[0] <= 30
+
+
+def test_the_search_is_quick_where_the_mass_is_least_even(search_steps):
+    # Nearly all of it at the top, and the threshold among the few below, which interpolation alone
+    # passes one by one: in 21 steps.
+    similarities = torch.cat([torch.linspace(1, 0.999, 412), torch.linspace(0.6, 0, 100)])
+    confidence = similarities.double().softmax(dim=0).cumsum(dim=0)
+    assert torch.equal(kept_of_a_row(similarities, 0.9183), confidence <= 0.9183)
+    assert search_steps[0] <= 12
+
+
+@pytest.mark.parametrize("long_rows", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_of_rows_applied_are_the_whole_applied(dtype, long_rows, monkeypatch):
+    from fsa_kernels import feedback, launch
+
+    monkeypatch.setattr(feedback, "_BLOCK_BYTES", 0)
+    monkeypatch.setattr(feedback, "_BLOCK_ROWS", 16)
+    if long_rows:
+        monkeypatch.setattr(launch, "LONGEST_ROW_IN_REGISTERS", 0)
+        monkeypatch.setattr(launch, "select_long", lambda: launch.Launch({"BLOCK_N": 16}, 1))
+    # Two blocks of rows, the second of them short; the first patch is broken.
+    N = 24
+    logits, uniform = (tensor.float() for tensor in segment_logits(N, 9, B=2))
+    logits[1, 0, 3] = math.nan
+    columns = torch.randn(2, N, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    options = {"beta": 3.0, "confidence": 0.45}
+    inputs = [tensor.to(DEVICE) for tensor in (logits, uniform)]
+    applied = fsa_kernels.apply_feedback(*inputs, None, columns.to(DEVICE), **options)
+    whole = fsa_kernels.feedback_attention(*inputs, dtype=dtype, **options)
+    assert applied.dtype == dtype
+    assert applied[1, 0].isnan().all()
+    expected = (whole.double() @ columns.to(DEVICE).double()).cpu()
+    error = relative_error(applied[0], expected[0]) + relative_error(
+        applied[1, 1:], expected[1, 1:]
+    )
+    assert error < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_four_bytes_an_entry_are_kept(dtype):
+    N = 64
+    logits = torch.zeros(2, N, 3, dtype=dtype, device=DEVICE)
+    feedback = fsa.feedback_attention(logits, backend="triton")
+    assert feedback.untyped_storage().nbytes() == 4 * 2 * N * N
+
+
+def test_the_same_input_gives_the_same_bits():
+    logits, uniform = (tensor.float() for tensor in segment_logits(64, 9, B=2))
+    assert torch.equal(attention_of(logits, uniform), attention_of(logits, uniform))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("N", "F", "D"), [(1, 3, 5), (2, 16, 16), (65, 40, 300), (33, 130, 1300), (100, 64, 96)]
+)
+def test_proxy_attention_agrees_with_the_definition(N, F, D, dtype):
+    generator = torch.Generator().manual_seed(0)
+    features = (torch.randn(2, N, F, generator=generator) + 0.2).to(dtype)
+    value = torch.randn(2, N, D, generator=generator).to(dtype)
+    attended = fsa.proxy_attention(features.to(DEVICE), value.to(DEVICE), backend="triton").cpu()
+    exact = reference.proxy_attention(features.double(), value.double())
+    assert attended.dtype == dtype
+    # Half types round unit features before their product, so a pair at the threshold may fall on
+    # its other side: no worse than twice the definition computed in the same type.
+    plain = reference.proxy_attention(features, value)
+    allowed = max(RELATIVE_ERROR[dtype], 2 * relative_error(plain, exact))
+    assert relative_error(attended, exact) < allowed
+
+
+def test_proxy_patches_with_nothing_above_the_threshold_attend_to_themselves():
+    value = torch.randn(1, 40, 8, generator=torch.Generator().manual_seed(0))
+    features = torch.ones(1, 40, 3)
+    attended = fsa.proxy_attention(features.to(DEVICE), value.to(DEVICE), backend="triton")
+    assert torch.equal(attended.cpu(), value)
+
+
+def test_proxy_attention_takes_strides_as_they_are():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, 20, 40, generator=generator).transpose(1, 2)
+    value = torch.randn(2, 80, 48, generator=generator)[:, ::2, ::3]
+    attended = fsa.proxy_attention(features.to(DEVICE), value.to(DEVICE), backend="triton").cpu()
+    exact = reference.proxy_attention(features.double(), value.double())
+    assert relative_error(attended, exact) < RELATIVE_ERROR[torch.float32]
+
+
+def test_a_broken_image_leaves_the_others_alone():
+    features = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0))
+    value = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(1))
+    features[0, 3, 3] = math.nan
+    state = fsa_kernels.proxy_prepare(features.to(DEVICE), shift=1.2, gain=3.0, stored=True)
+    attended = fsa_kernels.proxy_apply(state, value.to(DEVICE), gain=3.0).cpu()
+    alone = reference.proxy_attention(features[1:].double(), value[1:].double())
+    assert relative_error(attended[1:], alone) < RELATIVE_ERROR[torch.float32]
+
+
+def features_and_texts(N, C, E, uniform, dtype, B=2):
+    """Features as CLIP's, most of whose length is the same for all, near their texts, and how many
+    rows of them under uniform attention: 0, 1 or N."""
+    generator = torch.Generator().manual_seed(N + C)
+    texts = torch.nn.functional.normalize(torch.randn(C, E, generator=generator), dim=-1)
+    mixed = texts[torch.randint(C, (B, N), generator=generator)]
+    noise, shared = (torch.randn(*size, E, generator=generator) for size in ((B, N), (1, 1)))
+    shared = 2 * shared / shared.norm()
+    features = shared + 0.4 * mixed + 0.3 * noise / E**0.5
+    rows = shared + 0.2 * torch.randn(B, uniform, E, generator=generator) / E**0.5
+    return features.to(dtype), rows.to(dtype) if uniform else None, texts
+
+
+def logits_of(features, uniform, texts, config):
+    """The logits of the definition, in float64."""
+    cosines = [
+        None
+        if tensor is None
+        else torch.nn.functional.normalize(tensor.double(), dim=-1) @ texts.double().T
+        for tensor in (features, uniform)
+    ]
+    scales = (config.logit_scale, config.uniform_logit_scale)
+    return [None if c is None else scale * c for c, scale in zip(cosines, scales, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("uniform", ["none", "one", "each"])
+@pytest.mark.parametrize(("N", "C", "E"), [(1, 1, 3), (33, 21, 70), (20, 70, 128)])
+def test_features_and_texts_agree_with_the_definition(N, C, E, uniform, dtype):
+    rows = {"none": 0, "one": 1, "each": N}[uniform]
+    features, uniform, texts = features_and_texts(N, C, E, rows, dtype)
+    for config in (FSAConfig(), FSAConfig(similarity="cosine", logit_scale=11.0)):
+        exact = reference.feedback_attention(
+            *logits_of(features, uniform, texts, config), config=config
+        )
+        # Texts in the type of the features too, whose rounding is part of the input then.
+        for given in (texts, texts.to(dtype)):
+            if given.dtype != torch.float32:
+                exact = reference.feedback_attention(
+                    *logits_of(features, uniform, given, config), config=config
+                )
+            feedback = fsa.feedback_attention(
+                features.to(DEVICE),
+                None if uniform is None else uniform.to(DEVICE),
+                text_features=given.to(DEVICE),
+                config=config,
+                dtype=torch.float32,
+                backend="triton",
+            )
+            assert relative_error(feedback.cpu(), exact) < RELATIVE_ERROR[torch.float32]
+
+
+def test_features_and_texts_are_taken_with_their_strides():
+    features, uniform, texts = features_and_texts(20, 7, 24, 20, torch.float32)
+    straight = fsa.feedback_attention(
+        features.to(DEVICE), uniform.to(DEVICE), text_features=texts.to(DEVICE), backend="triton"
+    )
+    apart = [
+        tensor.to(DEVICE).mT.contiguous().mT.repeat_interleave(2, dim=-2)[..., ::2, :]
+        for tensor in (features, uniform, texts)
+    ]
+    again = fsa.feedback_attention(*apart[:2], text_features=apart[2], backend="triton")
+    assert torch.equal(straight, again)
+
+
+@pytest.mark.parametrize("where", ["a patch", "its uniform row"])
+def test_a_broken_feature_gives_a_row_of_nan_and_touches_no_other(where):
+    features, uniform, texts = features_and_texts(30, 5, 16, 30, torch.float32)
+    spoilt = features if where == "a patch" else uniform
+    # Patch 0 is one of those that the centre is taken from.
+    spoilt[0, 0, 3] = math.nan
+    feedback = fsa_kernels.feedback_attention(
+        *(tensor.to(DEVICE) for tensor in (features, uniform, texts)),
+        dtype=torch.float32,
+        beta=3.0,
+        confidence=0.45,
+        logit_scale=20.0,
+        uniform_logit_scale=35.0,
+    ).cpu()
+    assert feedback[0, 0].isnan().all()
+    assert (feedback[0, 1:, 0] == 0).all()
+    logits = logits_of(features[:, 1:], uniform[:, 1:], texts, FSAConfig())
+    without = reference.feedback_attention(*logits)
+    assert relative_error(feedback[0, 1:, 1:], without[0]) < RELATIVE_ERROR[torch.float32]
+
+
+TERMS = [
+    ("after", "before", "only"),
+    ("after", "before"),
+    ("before", "only"),
+    ("after", "only"),
+    ("after",),
+    ("before",),
+    ("only",),
+]
+
+
+@pytest.mark.parametrize("terms", TERMS, ids="+".join)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("L", "N", "d"), [(21, 20, 5), (1, 1, 16), (40, 33, 40)])
+def test_heads_are_gathered_as_a_step_takes_them(L, N, d, dtype, terms):
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(2, L, 3, d, generator=generator).to(dtype).transpose(1, 2)
+    attended = torch.randn(2, 3, N, d, generator=generator).to(dtype)
+    wanted = {name: name in terms for name in ("after", "before", "only")}
+    for given in (value, value.contiguous()):
+        gathered, columns = fsa_kernels.gather(
+            given.to(DEVICE), attended.to(DEVICE), scale=0.5, **wanted
+        )
+        exact = torch_backend.gather(value.double(), attended.double(), scale=0.5, **wanted)
+        assert gathered.dtype == columns.dtype == dtype
+        assert relative_error(gathered.cpu(), exact[0]) < RELATIVE_ERROR[dtype]
+        assert relative_error(columns.cpu(), exact[1]) < RELATIVE_ERROR[dtype]
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "streamed"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_proxy_gathers_and_adds_what_a_step_takes(dtype, stored, monkeypatch):
+    from fsa_kernels import proxy
+
+    monkeypatch.setattr(proxy, "_BLOCK_BYTES", 0)
+    monkeypatch.setattr(proxy, "_BLOCK_ROWS", 16)
+    generator = torch.Generator().manual_seed(0)
+    features = (torch.randn(2, 33, 12, generator=generator) + 0.5).to(dtype)
+    value, add = (torch.randn(2, 33, 20, generator=generator).to(dtype) for _ in range(2))
+    attended = reference.proxy_attention(features.double(), value.double())
+    plain = reference.proxy_attention(features, value)
+    allowed = max(RELATIVE_ERROR[dtype], 2 * relative_error(plain, attended))
+    state = fsa_kernels.proxy_prepare(features.to(DEVICE), shift=1.2, gain=3.0, stored=stored)
+    given = value.to(DEVICE)
+    added = fsa_kernels.proxy_apply(state, given, gain=3.0, add=add.to(DEVICE)).cpu()
+    assert relative_error(added, attended + add.double()) < allowed
+    for terms in TERMS:
+        gathered, columns = fsa_kernels.proxy_gather(
+            state,
+            given,
+            gain=3.0,
+            scale=0.5,
+            **{name: name in terms for name in ("after", "before", "only")},
+        )
+        assert relative_error(gathered[:, :-1].cpu(), attended) < allowed
+        mean = value.double().mean(dim=1)
+        assert relative_error(gathered[:, -1].cpu(), mean) < RELATIVE_ERROR[dtype]
+        sides = [
+            sum(side)
+            for side in (
+                [attended] * ("after" in terms) + [value.double()] * ("only" in terms),
+                [value.double()] * ("before" in terms),
+            )
+            if side
+        ]
+        assert relative_error(columns.cpu(), 0.5 * torch.cat(sides, dim=-1)) < allowed
+
+
+def test_the_sums_of_very_long_rows_come_in_pieces():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 2100, 3, generator=generator) + 0.5
+    value = torch.randn(1, 2100, 4, generator=generator)
+    attended = fsa.proxy_attention(features.to(DEVICE), value.to(DEVICE), backend="triton").cpu()
+    exact = reference.proxy_attention(features.double(), value.double())
+    assert relative_error(attended, exact) < RELATIVE_ERROR[torch.float32]
+
+
+@pytest.mark.parametrize("name", hosts.names())
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_every_host_runs_by_the_kernels(name, iterations):
+    (images, text), options = inputs_of(name)
+    visual = random_tower().to(DEVICE)
+    options = {key: None if x is None else x.to(DEVICE) for key, x in options.items()}
+    config = FSAConfig(iterations=iterations)
+    by_kernels, by_torch = (
+        hosts.build(name, visual, backend=backend).features(
+            images.to(DEVICE), text.to(DEVICE), config=config, **options
+        )
+        for backend in ("triton", "torch")
+    )
+    assert relative_error(by_kernels, by_torch) < 5e-5
+
+
+# A sample of the launch table keeps this short; `python -m bench resources` compiles all of it.
+COMPILED = """
+import sys
+from bench.resources import measure, variants
+wanted = ("isolate C<=64 float16", "isolate C<=128 float16", "similarity N>1024 exact",
+          "select N<=2048",
+          "predict float16", "select, longer rows", "gather heads float16",
+          "proxy normalise float16", "proxy affinity 128 rows float16",
+          "proxy apply 128 rows float16", "proxy gather 128 rows float16")
+chosen = [v for v in variants() if v.name in wanted]
+assert len(chosen) == len(wanted), [v.name for v in chosen]
+for variant in chosen:
+    taken = measure(variant, int(sys.argv[1]))
+    print(variant.name, taken.registers, taken.spilled, taken.shared, taken.tensor_cores)
+    assert taken.fits, (variant.name, taken.spilled, taken.shared)
+    if variant.name.startswith(("similarity", "predict")) or "rows float16" in variant.name:
+        assert "MMA" in taken.tensor_cores, variant.name
+"""
+
+
+@pytest.mark.skipif(
+    not compiles_ahead_of_time(), reason="compiling for a chip that is not there needs triton 3.3"
+)
+@pytest.mark.parametrize("chip", [80, 90, 100])
+def test_kernels_compile_for_real_chips_without_spilling(chip):
+    # Not in this process: under the interpreter there is nothing to compile.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-c", COMPILED, str(chip)],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

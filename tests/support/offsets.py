@@ -1,0 +1,91 @@
+"""Whether the compiled kernels reach memory beyond 2^31 entries.
+
+    python -m tests.support.offsets
+
+compiles each kernel once, prints what in its offsets is a 32-bit product with an argument (a
+stride, a padded size), and exits with 1 where there is one. Triton passes an
+integer below 2^31 in 32 bits, so the product of a stride and an index may wrap around. Not for a
+process in which Triton interprets its kernels.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib import metadata
+
+_OLDEST_TRITON = (3, 3)
+_SPREADING = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape")
+_FOLLOWED = (*_SPREADING, "arith.extsi", "arith.addi", "arith.muli")
+_FLOATS = ("beta", "share", "limit", "shift", "gain", "scale", "uniform_scale")
+
+
+def compiles_ahead_of_time() -> bool:
+    """Whether Triton is there and compiles for chips that are not, as it is asked to here."""
+    try:
+        release = metadata.version("triton").split(".")[:2]
+    except metadata.PackageNotFoundError:
+        return False
+    return tuple(map(int, release)) >= _OLDEST_TRITON
+
+
+def narrow_products(ir: str) -> set[str]:
+    """The lines of a Triton IR in which an argument is multiplied in 32 bits, for an offset."""
+    arguments = set(re.findall(r"%\w+", ir[ir.index("tt.func") :].split("{")[0]))
+    made: dict[str, tuple[str, list[str], str]] = {}
+    for line in ir.splitlines():
+        match = re.match(r"\s*(%\w+) = ([\w.]+) (.*)", line)
+        if match:
+            name, operation, rest = match.groups()
+            made[name] = (operation, re.findall(r"%\w+", rest.split(" : ")[0]), line.strip())
+    found: set[str] = set()
+
+    def is_argument(name: str) -> bool:
+        while name in made and made[name][0] in _SPREADING:
+            name = made[name][1][0]
+        return name in arguments
+
+    def follow(name: str) -> None:
+        if name not in made or made[name][0] not in _FOLLOWED:
+            return
+        operation, operands, line = made[name]
+        result = line.split(" loc(")[0].split(" : ")[-1]
+        if operation == "arith.muli" and "i64" not in result and any(map(is_argument, operands)):
+            found.add(line.split(" loc(")[0])
+        for operand in operands:
+            follow(operand)
+
+    for operation, operands, _ in made.values():
+        if operation == "tt.addptr":
+            follow(operands[1])
+    return found
+
+
+def main() -> int:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bench.resources import variants
+
+    found: dict[str, set[str]] = {}
+    for variant in variants():
+        names, kernel = variant.kernel.arg_names, variant.kernel.__name__
+        if kernel in found:
+            continue
+        signature = {name: variant.pointers.get(name, "i32") for name in names}
+        signature |= {name: "fp32" for name in names if name in _FLOATS}
+        signature |= dict.fromkeys(variant.constants, "constexpr")
+        constants = {(names.index(name),): value for name, value in variant.constants.items()}
+        source = ASTSource(variant.kernel, signature=signature, constexprs=constants)
+        target = GPUTarget("cuda", 90, 32)
+        compiled = triton.compile(source, target=target, options={"num_warps": variant.num_warps})
+        found[kernel] = narrow_products(compiled.asm["ttir"])
+    for kernel, lines in found.items():
+        if lines:
+            print(kernel, *sorted(lines), sep="\n    ")
+    return int(any(found.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
