@@ -209,7 +209,9 @@ def test_no_block_of_a_page_escapes(file):
         language = block.language.split("}")[0] + "}" if "{" in block.language else block.language
         assert language in OTHER_LANGUAGES | {"python", "{include}"}, block.where
         if language == "text":
-            assert not re.search(r"^\s*(fsa |import |from \w+ import|pip |python )", block.text, re.M)
+            assert not re.search(
+                r"^\s*(fsa |import |from \w+ import|pip |python )", block.text, re.M
+            )
     # Code by indentation would be seen by nobody.
     before = ["", *lines]
     assert not [
