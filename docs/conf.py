@@ -47,10 +47,8 @@ def _keep_as_text(app: Any, env: Any, node: Any, content: nodes.Node) -> nodes.N
 
 
 def _is_ours(target: str) -> bool:
-    return (
-        target.partition(".")[0] in ("fsa", "fsa_kernels")
-        and target.replace(".", "").isidentifier()
-    )
+    package = target.partition(".")[0]
+    return package in ("fsa", "fsa_kernels") and target.replace(".", "").isidentifier()
 
 
 def _exists(target: str) -> bool:

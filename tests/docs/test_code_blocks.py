@@ -28,6 +28,9 @@ WITH_PYTHON = [file for file in PAGES if blocks(file, "python")]
 # What else a page may hold: what is not code, and directives of the site.
 OTHER_LANGUAGES = {"bash", "text", "bibtex", "{toctree}", "{eval-rst}"}
 
+# What would be code in a block of text.
+CODE = re.compile(r"^\s*(fsa |import |from \w+ import|pip |python )", flags=re.MULTILINE)
+
 # Blocks that need what this machine may lack, by a line of theirs: what, and whether it is there.
 NEEDS = {
     'device="cuda"': ("a CUDA device", torch.cuda.is_available()),

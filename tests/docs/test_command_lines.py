@@ -16,7 +16,7 @@ from tests.support.documents import PAGES, ROOT, blocks
 from tests.support.evaluation_data import folder, write_mask
 
 CLI = get_command(app)
-# What needs weights of others or a benchmark on disk is parsed, and not run. The demo takes a while,
+# What needs weights of others or a benchmark on disk is parsed and not run. The demo takes a while,
 # and tests/cli runs it.
 NEEDS_MORE = {"--model", "/data", "ROOT", "demo"}
 CHECKS = ("ruff check .", "ruff format --check .", "pyright")
