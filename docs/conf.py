@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -34,6 +37,37 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
+
+
+_DOCS = Path(__file__).parent
+_ROOT = _DOCS.parent
+# Pages of the site that lie elsewhere in the repository; what is here says where.
+_ELSEWHERE = {
+    "contributing": _ROOT / "CONTRIBUTING.md",
+    "changelog": _ROOT / "CHANGELOG.md",
+    "results": _ROOT / "bench" / "RESULTS.md",
+    "log": _ROOT / "bench" / "LOG.md",
+    "model-card": _ROOT / "fsa" / "tiny" / "weights" / "MODEL_CARD.md",
+}
+_LINK = re.compile(r"\]\((?!https?:|#)(?P<path>[^)#\s]+)")
+
+
+def _read(app: Any, page: str, source: list[str]) -> None:
+    """Takes a page from where it lies, and lets links to such pages stay within the site."""
+    file = _ELSEWHERE.get(page)
+    if file is None:
+        folder = (_DOCS / page).parent
+    else:
+        folder = file.parent
+        source[0] = file.read_text(encoding="utf-8")
+        app.env.note_dependency(str(file))
+    pages = {path: _DOCS / f"{name}.md" for name, path in _ELSEWHERE.items()}
+
+    def relinked(match: re.Match[str]) -> str:
+        target = (folder / match["path"]).resolve()
+        return f"]({os.path.relpath(pages.get(target, target), (_DOCS / page).parent)}"
+
+    source[0] = _LINK.sub(relinked, source[0])
 
 
 def _keep_as_text(app: Any, env: Any, node: Any, content: nodes.Node) -> nodes.Node | None:
@@ -69,5 +103,6 @@ def _exists(target: str) -> bool:
 
 
 def setup(app: Any) -> None:
-    """Connects the handler of names that are not links."""
+    """Connects the handlers."""
+    app.connect("source-read", _read)
     app.connect("missing-reference", _keep_as_text)

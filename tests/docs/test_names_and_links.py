@@ -87,10 +87,7 @@ def test_the_path_of_a_tensor_names_every_floor_and_every_kernel():
 
 
 def anchors(file):
-    """What a link to a heading of a page ends in, also of a page that another one includes."""
-    included = [block for block in blocks(file) if block.language.startswith("{include}")]
-    for block in included:
-        file = (file.parent / block.language.split()[1]).resolve()
+    """What links to the headings of a page end in."""
     titles = re.findall(r"^#+ (.*)$", prose(file), flags=re.MULTILINE)
     return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
