@@ -12,7 +12,7 @@ from typer.main import get_command
 
 from bench.__main__ import COMMANDS as BENCHMARKS
 from fsa.cli.app import app
-from tests.support.documents import PAGES, ROOT, blocks
+from tests.support.documents import PAGES, ROOT, blocks, name_of
 from tests.support.evaluation_data import folder, write_mask
 
 CLI = get_command(app)
@@ -24,12 +24,12 @@ SITE = "python -m sphinx -n -W --keep-going -b html docs docs/_build/html"
 
 
 def command_lines():
-    """(where, words, comment) of each line of the pages' bash blocks."""
+    """(where, words, comment) of each command line of the pages' bash blocks."""
     for file in PAGES:
         for block in blocks(file, "bash"):
-            for number, line in enumerate(block.text.splitlines()):
+            for number, line in enumerate(block.commands):
                 code, _, comment = line.partition("  #")
-                where = f"{file.relative_to(ROOT)}:{block.line + number}"
+                where = f"{name_of(file)}:{block.line}+{number}"
                 yield where, shlex.split(code), comment.strip()
 
 

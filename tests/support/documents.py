@@ -38,6 +38,11 @@ class Block:
     def where(self) -> str:
         return f"{self.file.relative_to(ROOT)}:{self.line}"
 
+    @property
+    def commands(self) -> list[str]:
+        """The command lines of a block of the shell's, those that go on below made one."""
+        return self.text.replace("\\\n", "").splitlines()
+
 
 def blocks(file: Path, language: str | None = None) -> list[Block]:
     """The fenced blocks of a page, of one language or of all."""
