@@ -22,11 +22,11 @@ def main() -> None:
     options = parser.parse_args()
 
     naclip = fsa.load_segmentor(host="naclip", feedback=False)
-    for name, segmentor in (("without", naclip), ("with", naclip.with_feedback(True))):
+    for name, segmentor in (("baseline", naclip), ("feedback", naclip.with_feedback(True))):
         result = segmentor.segment(options.picture, scene.classes)
         result.save(f"{options.out}/{name}")
         shares = sorted(result.areas().items(), key=lambda item: -item[1])
-        print(f"{name} feedback:", ", ".join(f"{label} {share:.0%}" for label, share in shares))
+        print(f"{name}:", ", ".join(f"{label} {share:.0%}" for label, share in shares))
 
 
 if __name__ == "__main__":

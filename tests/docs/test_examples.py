@@ -45,8 +45,8 @@ def test_example_plug_in(run):
 
 def check_two_runs(printed, out):
     """What a run without and a run with feedback printed and wrote."""
-    assert [line.split()[0] for line in printed.splitlines()] == ["without", "with"]
-    plain, adapted = (labels(out / part, "scene-5") for part in ("without", "with"))
+    assert [line.split()[0] for line in printed.splitlines()] == ["baseline:", "feedback:"]
+    plain, adapted = (labels(out / part, "scene-5") for part in ("baseline", "feedback"))
     assert plain.shape == adapted.shape
     assert 0 < (plain != adapted).mean() < 0.5
 
@@ -55,8 +55,8 @@ def test_example_naclip(run, tmp_path):
     check_two_runs(run("naclip", "--out", "out"), tmp_path / "out")
 
 
-def test_example_own_attention(run, tmp_path):
-    check_two_runs(run("own_attention", "--out", "out"), tmp_path / "out")
+def test_example_attention_function(run, tmp_path):
+    check_two_runs(run("attention_function", "--out", "out"), tmp_path / "out")
 
 
 def test_example_dinov3_proxy(run, tmp_path):

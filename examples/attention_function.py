@@ -1,6 +1,6 @@
 """Adds feedback to a method of your own: a function that returns the attention between patches.
 
-    python examples/own_attention.py [PICTURE] [--out FOLDER]
+    python examples/attention_function.py [PICTURE] [--out FOLDER]
 
 The function below takes up CorrCLIP's idea: a patch attends only to patches of its own region, by
 how similar their values are. CorrCLIP takes its regions from SAM's masks; here a region is made of
@@ -41,12 +41,12 @@ def main() -> None:
     parser.add_argument("--out", default="fsa-out")
     options = parser.parse_args()
 
-    plain = fsa.load_segmentor(host=within_regions, feedback=False)
-    for name, segmentor in (("without", plain), ("with", plain.with_feedback(True))):
+    baseline = fsa.load_segmentor(host=within_regions, feedback=False)
+    for name, segmentor in (("baseline", baseline), ("feedback", baseline.with_feedback(True))):
         result = segmentor.segment(options.picture, scene.classes)
         result.save(f"{options.out}/{name}")
         shares = ", ".join(f"{label} {share:.0%}" for label, share in result.areas().items())
-        print(f"{name} feedback: {shares}")
+        print(f"{name}: {shares}")
 
 
 if __name__ == "__main__":
