@@ -65,14 +65,14 @@ def main() -> None:
     text_features = TextEncoder(loaded).encode(scene.classes).features
     images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
-    without_feedback = visual(images)
+    baseline = visual(images)
     fsa.plug_in(visual, text_features, config=fsa.FSAConfig())
     with_feedback = visual(images)
     fsa.unplug(visual)
 
-    change = (with_feedback - without_feedback).norm() / without_feedback.norm()
+    change = (with_feedback - baseline).norm() / baseline.norm()
     print(f"feedback changed the patch features by {change:.0%} of their length")
-    restored = torch.equal(visual(images), without_feedback)
+    restored = torch.equal(visual(images), baseline)
     print(f"after unplug, the tower computes what it did before: {restored}")
 
 

@@ -46,9 +46,9 @@ def test_example_plug_in(run):
 def check_two_runs(printed, out):
     """What a run without and a run with feedback printed and wrote."""
     assert [line.split()[0] for line in printed.splitlines()] == ["baseline:", "feedback:"]
-    plain, adapted = (labels(out / part, "scene-5") for part in ("baseline", "feedback"))
-    assert plain.shape == adapted.shape
-    assert 0 < (plain != adapted).mean() < 0.5
+    baseline, feedback = (labels(out / part, "scene-5") for part in ("baseline", "feedback"))
+    assert baseline.shape == feedback.shape
+    assert 0 < (baseline != feedback).mean() < 0.5
 
 
 def test_example_naclip(run, tmp_path):
