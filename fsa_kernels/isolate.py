@@ -249,7 +249,9 @@ def isolate(patch_logits: Tensor, uniform_logits: Tensor | None, *, cosine: bool
     uniform = patch_logits if uniform_logits is None else uniform_logits.expand_as(patch_logits)
     plan = launch.isolate(C)
     with runtime.on_device(patch_logits):
-        _isolate_kernel[(B * plan.blocks(PATCHES=N),)](
+        runtime.launch(
+            _isolate_kernel,
+            (B * plan.blocks(PATCHES=N),),
             patch_logits,
             uniform,
             operands.halves,

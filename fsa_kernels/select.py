@@ -407,7 +407,9 @@ def select(
     else:
         kernel, plan = _select_long_kernel, launch.select_long()
     with runtime.on_device(S):
-        kernel[(B * rows,)](
+        runtime.launch(
+            kernel,
+            (B * rows,),
             S,
             h,
             out,
@@ -416,10 +418,10 @@ def select(
             rows,
             padded_N,
             out.stride(1),
-            beta,
-            confidence,
+            float(beta),
+            float(confidence),
             # The bits of -0.0 are negative.
-            limit + 0.0,
+            float(limit) + 0.0,
             PRUNING=_PRUNINGS[pruning],
             SCALING=scaling,
             **plan.arguments(),

@@ -93,7 +93,9 @@ def similarity(
     S = torch.empty((B, rows, padded_N), dtype=torch.float32, device=operands.h.device)
     plan = launch.similarity(N)
     with runtime.on_device(S):
-        _similarity_kernel[(B * plan.blocks(BLOCK_M=rows, BLOCK_N=N),)](
+        runtime.launch(
+            _similarity_kernel,
+            (B * plan.blocks(BLOCK_M=rows, BLOCK_N=N),),
             operands.halves,
             operands.h,
             S,
