@@ -32,6 +32,14 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.cuda.device(tensor.device)
 
 
+def strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """A tensor's strides, that of a single image as 0.
+
+    It multiplies nothing but 0, and whether it is a multiple of 16 would be compiled for.
+    """
+    return (0, *tensor.stride()[1:]) if tensor.shape[0] == 1 else tensor.stride()
+
+
 # The releases of Triton in which `launch` may pass by the binder: those whose compiled kernels were
 # seen to take all of a kernel's arguments, the compile-time constants among them.
 _OLDEST_DIRECT, _NEWEST_DIRECT = (3, 6), (3, 9)
@@ -81,8 +89,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     found = _compiled.get(tuple(key))
     if found is None:
         compiled = kernel[grid](*arguments, **constants)
-        names = kernel.arg_names[len(arguments) :]
-        _compiled[tuple(key)] = compiled, tuple(constants[name] for name in names)
+        # A hook of Triton's may have kept it from compiling.
+        if compiled is not None:
+            names = kernel.arg_names[len(arguments) :]
+            _compiled[tuple(key)] = compiled, tuple(constants[name] for name in names)
         return
     compiled, values = found
     compiled[(*grid, 1, 1)[:3]](*arguments, *values)
