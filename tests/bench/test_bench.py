@@ -17,7 +17,7 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch.nn import functional
 
-from bench import RESULTS, environment
+from bench import RESULTS, ROOT, environment
 from bench.__main__ import COMMANDS
 from bench.measure import memory, numerics, rehearsal, runner, timing
 from bench.measure.worker import DeviceLost, Worker, measure
@@ -665,6 +665,47 @@ def test_results_without_git_and_without_proc(monkeypatch):
     assert found["commit"] == "unknown"
     assert found["processor"]
     assert contenders.bytes_free(CPU) > 0
+
+
+def test_a_session_runs_the_tests_of_kernels_ops_graphs_and_compilation():
+    files = rehearsal.gpu_tests()
+    for name in ("kernels", "ops", "graphs", "compile"):
+        assert any(file.endswith(f"test_{name}.py") for file in files), name
+    assert all((ROOT / file).exists() for file in files)
+    assert not [file for file in files if "tests/bench" in file]
+    commands = runner.session()
+    assert commands[0] == f"python -m pytest {' '.join(files)}"
+    assert [command for command in commands if "--only" in command] == [
+        "python -m bench gpu --only op,step,memory,numerics",
+        "python -m bench gpu --only host,picture",
+    ]
+
+
+@pytest.mark.slow
+def test_a_session_is_rehearsed_from_end_to_end(tmp_path):
+    before = {file: file.read_bytes() for file in RESULTS.iterdir()}
+    result = subprocess.run(
+        [sys.executable, "-m", "bench", "gpu", "--rehearse", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["rehearsal"]
+    assert {row["kind"] for row in record["rows"]} == {"op", "step", "host", "picture"}
+    assert "**it is a rehearsal" in (tmp_path / "RESULTS.md").read_text()
+    assert (tmp_path / "cost.png").exists()
+    assert {file: file.read_bytes() for file in RESULTS.iterdir()} == before
+
+
+def test_a_rehearsal_cannot_become_a_result(monkeypatch):
+    monkeypatch.setattr(environment, "commit", lambda: "abc1234")
+    jobs = [Job(OpRow("op", 1, 16, 3), ("time",))]
+    options = {"device": CPU, "dtype": FLOAT, "budget": -1}
+    with pytest.raises(SystemExit, match="rehearsal"):
+        runner.run(jobs, RESULTS / "toy.json", rehearsed=rehearsal.pretend, **options)
+    assert not (RESULTS / "toy.json").exists()
 
 
 def test_what_is_not_a_number_is_written_as_null(tmp_path):
