@@ -156,7 +156,7 @@ def test_a_run_is_recorded_and_becomes_tables(tmp_path, monkeypatch, evaluator):
     made = quality_tables.tables()
     score = next(s for s in split["scores"] if (s["host"], s["what"]) == ("sclip", "published"))
     line = next(s for s in made["quality-hosts"].splitlines() if s.startswith("| SCLIP"))
-    assert f"| {score['alone']['value']:.1f} | {score['fsa']['value']:.1f} |" in line
+    assert f"| {score['baseline']['value']:.1f} | {score['fsa']['value']:.1f} |" in line
     assert len(made["quality-pruning"].splitlines()) == 2 + 9
     monkeypatch.setattr(quality_tables, "FILE", tmp_path / "none.json")
     assert set(quality_tables.tables().values()) == {"not measured"}
