@@ -17,6 +17,7 @@ from fsa.errors import InputError
 if TYPE_CHECKING:
     from fsa.config import FSAConfig
     from fsa.evaluation.datasets import Dataset
+    from fsa.evaluation.processes import Group
     from fsa.evaluation.protocol import Preset, Protocol
     from fsa.evaluation.runner import Result
     from fsa.segment.segmentor import Segmentor
@@ -201,8 +202,9 @@ def evaluate(
         }
         first = group.rank == 0
         if sweep:
-            folder = out or _folder(opened, host_name, model, vfm, "sweep")
-            _sweep(sweep, segmentor, opened, settings, folder, run_options, first)
+            swept = [name.strip() for name in sweep.split(",")]
+            folder = out or _folder(opened, host_name, model, vfm, "-".join(["sweep", *swept]))
+            _sweep(swept, segmentor, opened, settings, folder, run_options, group)
         else:
             folder = out or _folder(opened, host_name, model, vfm, "fsa" if feedback else "host")
             _once(segmentor, opened, settings, folder, run_options, first)
@@ -242,19 +244,20 @@ def _once(
 
 
 def _sweep(
-    text: str,
+    names: list[str],
     segmentor: Segmentor,
     dataset: Dataset,
     settings: Preset,
     folder: Path,
     run_options: dict[str, Any],
-    first: bool,
+    group: Group,
 ) -> None:
-    from fsa.evaluation import runner, sweep
+    from fsa.evaluation import locking, runner, sweep
+    from fsa.files import make_directory
 
     if segmentor.config is None:
         raise InputError("--sweep varies feedback, which --no-feedback turns off")
-    chosen = sweep.rows([name.strip() for name in text.split(",")], segmentor.config)
+    chosen = sweep.rows(names, segmentor.config)
 
     def one(config: FSAConfig | None, out: Path) -> Result:
         return runner.evaluate(
@@ -265,9 +268,11 @@ def _sweep(
             **run_options,
         )
 
-    swept = sweep.run(chosen, folder, one)
-    if first:
-        files = swept.save(folder)
+    make_directory(folder)
+    with locking.exclusive(folder, group):
+        swept = sweep.run(chosen, folder, one)
+        files = swept.save(folder) if group.rank == 0 else []
+    if group.rank == 0:
         typer.echo(swept.markdown())
         typer.echo(f"written: {', '.join(str(file) for file in files)}")
         if not sweep.can_plot() and {"confidence", "beta"} & {row.table for row in chosen}:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -175,11 +174,12 @@ class Protocol:
 
     Attributes:
         dataset: name of the layout.
-        pictures, fingerprint: how many pictures, and a hash of their list.
+        pictures, names: how many pictures, and a hash of their names in order.
         preset: see `Preset`.
         classes: the text queries of each class.
         reduce_zero_label, ignore, background: see `fsa.evaluation.layouts.Layout`.
         host, model, pretrained, vfm, vfm_pretrained: as `fsa.load_segmentor` takes them.
+        weights, vfm_weights: hashes of the two models' weights.
         feedback: the configuration of FSA, or None for the host alone.
         backend, device, dtype: what computed; another may round differently.
         window_batch, chunk: windows per forward pass and pictures per unit of work: they decide
@@ -189,7 +189,7 @@ class Protocol:
 
     dataset: str
     pictures: int
-    fingerprint: str
+    names: str
     preset: Preset
     classes: tuple[tuple[str, ...], ...]
     reduce_zero_label: bool
@@ -198,8 +198,10 @@ class Protocol:
     host: str
     model: str
     pretrained: str | None
+    weights: str
     vfm: str | None
     vfm_pretrained: str | None
+    vfm_weights: str | None
     feedback: dict[str, Any] | None
     backend: str
     device: str
@@ -212,11 +214,6 @@ class Protocol:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them."""
         return json.loads(json.dumps(asdict(self)))
-
-    def fingerprint_of_all(self) -> str:
-        """A short hash of every field."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def describe(self) -> str:
         """The protocol as lines for a reader; class names are only counted."""
@@ -234,6 +231,15 @@ class Protocol:
         return "\n".join(lines)
 
 
+# What is too long to be shown, or says nothing to a reader.
+_WITHOUT_VALUES = {
+    "classes": "other names",
+    "names": "other pictures",
+    "weights": "the model's are others now",
+    "vfm_weights": "the vfm's are others now",
+}
+
+
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Where two protocols, as dictionaries, differ: "preset.stride: 112, now 56"."""
     found: list[str] = []
@@ -242,8 +248,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            if name == "classes":
-                found.append(f"{prefix}classes: other names")
+            if name in _WITHOUT_VALUES:
+                found.append(f"{prefix}{name}: {_WITHOUT_VALUES[name]}")
             else:
                 found.append(f"{prefix}{name}: {old!r}, now {new!r}")
     return found

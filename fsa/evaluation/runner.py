@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import fsa
 from fsa.errors import InputError
-from fsa.evaluation import processes, state
+from fsa.evaluation import fingerprint, locking, processes, state
 from fsa.evaluation.batching import merged_cosines
 from fsa.evaluation.datasets import Dataset
 from fsa.evaluation.loading import Loaded, loader
@@ -146,8 +146,9 @@ def evaluate(
         announce: called with the protocol by the first process, before any work.
 
     Raises:
-        InputError: a file that cannot be used, with on_error="stop", by name; an `out` that holds
-            an evaluation under another protocol; an argument that is not accepted.
+        InputError: a file that cannot be used, with on_error="stop", by name; an `out` in which
+            another evaluation is running, or that holds one under another protocol or of files
+            that have changed since; an argument that is not accepted.
     """
     chunk = window_batch if chunk is None else chunk
     for name, value, least in (
@@ -160,15 +161,17 @@ def evaluate(
     if on_error not in ON_ERROR:
         raise InputError(f"on_error={on_error!r} must be one of {ON_ERROR}")
     _check_sizes(segmentor, preset)
-    protocol = _protocol(segmentor, dataset, preset, window_batch, chunk, vfm_pretrained)
     group = processes.current()
     make_directory(out)
-    if announce is not None and group.rank == 0:
-        announce(protocol)
-    run = _Run(segmentor, dataset, preset, protocol, out, group, quiet)
-    run.resume(restart)
-    run.work(workers, skip=on_error == "skip")
-    return run.finish()
+    with locking.exclusive(out, group):
+        quiet = quiet or group.rank > 0
+        protocol = _protocol(segmentor, dataset, preset, window_batch, chunk, vfm_pretrained, quiet)
+        if announce is not None and group.rank == 0:
+            announce(protocol)
+        run = _Run(segmentor, dataset, preset, protocol, out, group, quiet)
+        run.resume(restart)
+        run.work(workers, skip=on_error == "skip")
+        return run.finish()
 
 
 class _Run:
@@ -205,13 +208,13 @@ class _Run:
                 file.unlink()
         self.group.barrier()
         if self.file.exists():
-            self.own = state.load(self.file, self.record)
+            self.own = self._load(self.file)
         if self.group.rank == 0:
             # Of processes that this run does not have.
             ours = {state.state_file(self.out, rank) for rank in range(self.group.size)}
             for file in state.state_files(self.out):
                 if file not in ours:
-                    self.earlier.merge(state.load(file, self.record))
+                    self.earlier.merge(self._load(file))
         shares = self.group.gather(self.own.chunks | self.earlier.chunks)
         done = set().union(*shares)
         if sum(map(len, shares)) != len(done):
@@ -219,12 +222,43 @@ class _Run:
         count = -(-len(self.dataset.samples) // self.protocol.chunk)
         open_chunks = [number for number in range(count) if number not in done]
         self.remaining = open_chunks[self.group.rank :: self.group.size]
-        if done and not self.quiet and self.group.rank == 0:
+        if done and not self.quiet:
             pictures = sum(len(self.pictures_of(number)) for number in done)
             print(
                 f"going on after {pictures} of {len(self.dataset.samples)} pictures",
                 file=sys.stderr,
             )
+
+    def _load(self, file: Path) -> state.State:
+        """A state of which every counted file is still what it was.
+
+        Raises:
+            InputError: as `state.load`; a picture or a mask that has changed.
+        """
+        loaded = state.load(file, self.record)
+        for number, counted in loaded.contents.items():
+            for what, before, now in zip(
+                ("picture", "mask"), counted, self._contents_of(number), strict=True
+            ):
+                if before != now:
+                    raise InputError(self._changed(what, number))
+        return loaded
+
+    def _contents_of(self, chunk: int) -> tuple[str, str]:
+        samples = [self.dataset.samples[index] for index in self.pictures_of(chunk)]
+        return (
+            fingerprint.of_files(sample.image for sample in samples),
+            fingerprint.of_files(sample.mask for sample in samples),
+        )
+
+    def _changed(self, what: str, chunk: int) -> str:
+        samples = [self.dataset.samples[index] for index in self.pictures_of(chunk)]
+        paths = [sample.image if what == "picture" else sample.mask for sample in samples]
+        return (
+            f"{self.out} holds an evaluation of other files: {what}s have changed since they were "
+            f"counted, such as {fingerprint.newest(paths)}. Pass another --out, or --restart to "
+            "count them again."
+        )
 
     def pictures_of(self, chunk: int) -> range:
         size = self.protocol.chunk
@@ -235,6 +269,8 @@ class _Run:
         indices = [index for number in self.remaining for index in self.pictures_of(number)]
         if not indices:
             return
+        # Before the first is read: what changes while it is read was not counted as it is now.
+        contents = {number: self._contents_of(number) for number in self.remaining}
         queries = self.segmentor.encode(self.dataset.classes, allow_repeats=True)
         device = self.segmentor.loaded.device
         share = f"process 1 of {self.group.size}: " if self.group.size > 1 else ""
@@ -242,7 +278,7 @@ class _Run:
             total=len(indices),
             unit="picture",
             desc=f"{share}{self.dataset.name}",
-            disable=self.quiet or self.group.rank > 0,
+            disable=self.quiet,
             smoothing=0.05,
             file=sys.stderr,
         )
@@ -253,11 +289,14 @@ class _Run:
             try:
                 for number in self.remaining:
                     self._count(number, loaded, queries, bar, skip)
+                    self.own.contents[number] = contents[number]
                     self.own.seconds = before + time.monotonic() - started
                     if time.monotonic() - self.saved_at > _SECONDS_BETWEEN_SAVES:
                         self._save()
             finally:
-                self._save()
+                # A run that counted nothing leaves nothing that another one must agree with.
+                if self.own.contents:
+                    self._save()
 
     def _count(
         self, number: int, loaded: Iterator[Loaded], queries: TextQueries, bar: tqdm, skip: bool
@@ -307,7 +346,6 @@ class _Run:
         self.own.counts += matrix.counts().numpy()
         self.own.pictures += pictures
         self.own.skipped |= skipped
-        self.own.chunks.add(number)
 
     def _save(self) -> None:
         state.save(self.file, self.own, self.record)
@@ -351,8 +389,9 @@ def _protocol(
     window_batch: int,
     chunk: int,
     vfm_pretrained: str | None,
+    quiet: bool,
 ) -> Protocol:
-    loaded = segmentor.loaded
+    loaded, vfm = segmentor.loaded, segmentor.vfm
     background = dataset.background
     if preset.prob_thd > 0 and background is None:
         raise InputError(
@@ -363,7 +402,7 @@ def _protocol(
     return Protocol(
         dataset=dataset.name,
         pictures=len(dataset.samples),
-        fingerprint=dataset.fingerprint(),
+        names=fingerprint.of_names(sample.name for sample in dataset.samples),
         preset=preset,
         classes=dataset.classes,
         reduce_zero_label=dataset.reduce_zero_label,
@@ -372,8 +411,10 @@ def _protocol(
         host=segmentor.host_name,
         model=loaded.name,
         pretrained=loaded.pretrained,
-        vfm=segmentor.vfm.name if segmentor.vfm else None,
+        weights=fingerprint.of_weights(loaded.model, quiet=quiet),
+        vfm=vfm.name if vfm else None,
         vfm_pretrained=vfm_pretrained,
+        vfm_weights=fingerprint.of_weights(vfm.module if vfm else None, quiet=quiet),
         feedback=segmentor.config.to_dict() if segmentor.config else None,
         backend=segmentor.host.backend,
         device=torch.cuda.get_device_name(loaded.device) if on_gpu else loaded.device.type,

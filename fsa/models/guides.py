@@ -60,10 +60,12 @@ class VFM(ABC):
     Attributes:
         name: for records and presets.
         multiple: height and width of pictures must be multiples of it, in pixels.
+        module: with the weights that it has besides CLIP's, or None.
     """
 
     name: str
     multiple: int = 1
+    module: nn.Module | None = None
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ class _TimmVFM(VFM):
         std: tuple[float, ...],
     ) -> None:
         self.name = name
-        self.model = model
+        self.model = self.module = model
         self.side = known.side
         self._position_offset = known.position_offset
         self._patch = model.patch_embed.patch_size[0]
@@ -201,6 +203,7 @@ class _CallableVFM(VFM):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.name = getattr(function, "__name__", type(function).__name__)
         self._function = function
+        self.module = function if isinstance(function, nn.Module) else None
 
     def __call__(self, images: Tensor) -> Tensor:
         features = self._function(images)
