@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 import fsa
-from fsa.errors import InputError
+from fsa.errors import InputError, named_out_of_memory
 from fsa.evaluation import fingerprint, locking, processes, state
-from fsa.evaluation.batching import merged_cosines
+from fsa.evaluation.batching import merged_cosines, whole_cosines
 from fsa.evaluation.datasets import Dataset
 from fsa.evaluation.loading import Loaded, loader
-from fsa.evaluation.metrics import ConfusionMatrix, iou, mean_iou
+from fsa.evaluation.metrics import ConfusionMatrix
 from fsa.evaluation.protocol import Preset, Protocol
-from fsa.files import make_directory, write_whole
+from fsa.evaluation.refinement import pixel_adaptive_refinement
+from fsa.evaluation.result import Result
+from fsa.files import make_directory
 from fsa.models.text import TextQueries
 from fsa.segment.labels import label_map
 from fsa.segment.segmentor import Segmentor
@@ -34,78 +30,6 @@ from fsa.segment.segmentor import Segmentor
 ON_ERROR = ("stop", "skip")
 
 _SECONDS_BETWEEN_SAVES = 5.0
-
-
-@dataclass(frozen=True)
-class Result:
-    """What an evaluation found.
-
-    Attributes:
-        counts: (C,C) int64: entry [t, p] is how many pixels of class t were labelled p.
-        class_names: one per class.
-        pictures: how many were counted.
-        skipped: name of each picture that could not be -> why.
-        seconds: time spent, over all runs that led here.
-        protocol: what was done.
-    """
-
-    counts: np.ndarray
-    class_names: tuple[str, ...]
-    pictures: int
-    skipped: dict[str, str]
-    seconds: float
-    protocol: dict[str, Any]
-
-    def iou(self) -> np.ndarray:
-        """Intersection over union of each class, NaN where a class is nowhere."""
-        return iou(self.counts)
-
-    def miou(self) -> float:
-        """Mean IoU over the classes that occur, in [0, 1]; NaN if no pixel was counted."""
-        return mean_iou(self.counts) if self.counts.any() else float("nan")
-
-    def accuracy(self) -> float:
-        """Share of the counted pixels that are right; NaN if there are none."""
-        total = self.counts.sum()
-        return float(np.diag(self.counts).sum() / total) if total else float("nan")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON has it; classes that are nowhere have None."""
-        scores = {
-            name: None if np.isnan(value) else round(float(value), 6)
-            for name, value in zip(self.class_names, self.iou(), strict=True)
-        }
-        return {
-            "miou": _number(self.miou()),
-            "pixel_accuracy": _number(self.accuracy()),
-            "pixels": int(self.counts.sum()),
-            "pictures": self.pictures,
-            "skipped": self.skipped,
-            "seconds": round(self.seconds, 1),
-            "iou": scores,
-            "protocol": self.protocol,
-            "confusion": self.counts.tolist(),
-        }
-
-    def save(self, folder: Path) -> None:
-        """Writes result.json and per_class.csv."""
-        record = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-        text = json.dumps(record | self.to_dict()) + "\n"
-        write_whole(folder / "result.json", lambda out: out.write(text.encode()))
-        rows = io.StringIO()
-        writer = csv.writer(rows, lineterminator="\n")
-        writer.writerow(["class", "iou", "true pixels", "labelled pixels", "right pixels"])
-        for index, (name, value) in enumerate(zip(self.class_names, self.iou(), strict=True)):
-            writer.writerow(
-                [
-                    name,
-                    "" if np.isnan(value) else f"{value:.6f}",
-                    int(self.counts[index].sum()),
-                    int(self.counts[:, index].sum()),
-                    int(self.counts[index, index]),
-                ]
-            )
-        write_whole(folder / "per_class.csv", lambda out: out.write(rows.getvalue().encode()))
 
 
 def evaluate(
@@ -305,6 +229,7 @@ class _Run:
         device = self.segmentor.loaded.device
         matrix = ConfusionMatrix(len(self.dataset.classes), device)
         masks: dict[int, Tensor] = {}
+        colours: dict[int, Tensor] = {}
         skipped: dict[str, str] = {}
 
         def images() -> Iterator[tuple[int, Tensor]]:
@@ -318,34 +243,60 @@ class _Run:
                     continue
                 masks[item.index] = item.mask.to(device, non_blocking=True)
                 image = item.image.to(device, non_blocking=True)
-                yield item.index, self.segmentor.normalise(image.float() / 255)
+                image = self.segmentor.normalise(image.float() / 255)
+                if self.preset.pamr_steps:
+                    colours[item.index] = image
+                yield item.index, image
 
-        background = self.protocol.background if self.preset.prob_thd > 0 else None
         pictures = 0
-        for index, cosines in merged_cosines(
-            self.segmentor,
-            images(),
-            queries,
-            self.preset.window,
-            self.preset.stride,
-            self.protocol.window_batch,
-        ):
+        for index, cosines in self._cosines(images(), queries):
             mask = masks.pop(index)
-            labels = label_map(
-                cosines,
-                queries,
-                tuple(mask.shape),
-                self.preset.prob_thd,
-                background,
-                scale=self.preset.logit_scale,
-                area_thd=self.preset.area_thd,
-            )
-            matrix.add(labels, mask)
+            size = tuple(mask.shape)
+            if self.preset.pamr_steps:
+                cosines = self._refined(cosines, colours.pop(index), size)
+            matrix.add(self._labels(cosines, queries, size), mask)
             pictures += 1
             bar.update()
         self.own.counts += matrix.counts().numpy()
         self.own.pictures += pictures
         self.own.skipped |= skipped
+
+    def _cosines(
+        self, images: Iterator[tuple[int, Tensor]], queries: TextQueries
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The number and the cosines (Q,h,w) of each picture, at its working size."""
+        if self.preset.whole:
+            return whole_cosines(self.segmentor, images, queries)
+        return merged_cosines(
+            self.segmentor,
+            images,
+            queries,
+            self.preset.window,
+            self.preset.stride,
+            self.protocol.window_batch,
+        )
+
+    def _refined(self, cosines: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Cosines (Q,H,W) at a picture's own size, refined by its colours."""
+        what = f"PAMR of {len(cosines)} maps of {size[0]} x {size[1]} pixels"
+        with named_out_of_memory(what, "pass --pamr-steps 0"):
+            maps, image = (
+                functional.interpolate(x[None], size=size, mode="bilinear")[0]
+                for x in (cosines, image)
+            )
+            return pixel_adaptive_refinement(maps, image, self.preset.pamr_steps)
+
+    def _labels(self, cosines: Tensor, queries: TextQueries, size: tuple[int, int]) -> Tensor:
+        """Labels (H,W) at a picture's own size."""
+        return label_map(
+            cosines,
+            queries,
+            size,
+            self.preset.prob_thd,
+            self.protocol.background if self.preset.prob_thd > 0 else None,
+            scale=self.preset.logit_scale,
+            area_thd=self.preset.area_thd,
+        )
 
     def _save(self) -> None:
         state.save(self.file, self.own, self.record)
@@ -424,7 +375,3 @@ def _protocol(
         fsa=fsa.__version__,
         torch=torch.__version__,
     )
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value
