@@ -244,7 +244,7 @@ class Protocol:
     host: str
     model: str
     pretrained: str | None
-    weights: str
+    weights: str | None
     vfm: str | None
     vfm_pretrained: str | None
     vfm_weights: str | None

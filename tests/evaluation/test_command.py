@@ -273,6 +273,33 @@ def test_the_report_compares_with_the_paper():
     assert "no number" in report.text(result_of(dataset="folder"))
 
 
+def test_numbers_are_compared_under_the_settings_they_were_made_with():
+    with_fsa = {"feedback": {"beta": 3.0}, "dataset": "context60"}
+    text = report.text(result_of(**with_fsa, preset={"name": "fsa/context60"}))
+    assert "not comparable" not in text
+    text = report.text(result_of(**with_fsa, preset={"name": "proxyclip/context60"}))
+    assert "not comparable: preset proxyclip/context60 instead of fsa/context60" in text
+    text = report.text(result_of(dataset="context60", preset={"name": "fsa/context60"}))
+    assert "not comparable: preset fsa/context60 instead of proxyclip/context60" in text
+
+
+def test_what_is_odd_about_published_numbers_is_said_beside_them():
+    for dataset in ("ade847", "context459"):
+        text = report.text(result_of(dataset=dataset, preset={"name": f"proxyclip/{dataset}"}))
+        number, note = text.splitlines()[5:7]
+        assert number.startswith("mIoU")
+        assert "mmsegmentation's metric, which leaves out class 255" in note
+    assert "mmsegmentation" not in report.text(result_of())
+    for model, exchanged in (("ViT-B-16", True), ("ViT-L-14", False), ("ViT-H-14", True)):
+        for dataset in ("context60", "context59", "voc21"):
+            changes = {"host": "clearclip", "vfm": None, "model": model, "dataset": dataset}
+            text = report.text(result_of(**changes, preset={"name": f"clearclip/{dataset}"}))
+            expected = exchanged and dataset != "voc21"
+            assert ("look exchanged" in text) == expected
+    cell = paper.find("clearclip", "ViT-B-16", None, "context60")
+    assert "prints 36.6 for Context60 and 33.8 for Context59" in cell.note
+
+
 def test_the_rows_of_the_papers_ablations():
     base = FSAConfig()
     rows = sweep.rows(["scaling", "pruning", "isolation", "adaptations", "similarity"], base)
