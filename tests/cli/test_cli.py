@@ -84,7 +84,7 @@ def test_without_feedback(run, picture, tmp_path):
 
 def test_classes_from_a_file(run, picture, tmp_path):
     file = tmp_path / "classes.txt"
-    file.write_text("cat, kitty\n\ngrass\n")
+    file.write_text("cat, kitty\ngrass\n\n")
     out = tmp_path / "out"
     assert run("segment", picture, "--classes-file", file, "--out", out, *SMALL)[0] == 0
     assert json.loads((out / "cat.json").read_text())["classes"] == ["cat", "grass"]

@@ -29,7 +29,8 @@ def tower():
 @pytest.fixture
 def small(monkeypatch):
     for name, timm_name in SMALL.items():
-        monkeypatch.setitem(vfm._KNOWN, name, vfm._Known(timm_name))
+        offset = vfm._KNOWN[name].position_offset
+        monkeypatch.setitem(vfm._KNOWN, name, vfm._Known(timm_name, position_offset=offset))
 
 
 def load(name, tower, **options):
@@ -47,6 +48,10 @@ def test_features_are_the_normed_patch_tokens(name, height, width, tower, small)
     pixels = images * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
     cfg = model.model.pretrained_cfg
     own_mean, own_std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
+    if vfm._KNOWN[name].position_offset is not None:
+        # Elsewhere: tests/models/test_positions.py.
+        torch.nn.init.zeros_(model.model.pos_embed)
+        features = model(images)
     tokens = model.model.forward_features((pixels - own_mean) / own_std)
     patches = tokens[:, model.model.num_prefix_tokens :]
     assert patches.shape[1] == rows * columns
