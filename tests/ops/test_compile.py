@@ -110,7 +110,7 @@ def host_inputs(host, B, height, width, C, dtype=torch.float32):
         ("proxyclip", CONFIG),
         ("naclip", CONFIG),
     ],
-    ids=lambda value: value if isinstance(value, str) else "FSA" if value else "alone",
+    ids=lambda value: value if isinstance(value, str) else "FSA" if value else "without FSA",
 )
 def test_a_host(name, config):
     host = hosts.build(name, random_tower(layers=2))

@@ -130,13 +130,11 @@ def sizes_of_backends() -> list:
             if interpreted:
                 quick = (B, N, C) in SIZES_FOR_THE_INTERPRETER
             marks = () if quick else pytest.mark.slow
-            parameters.append(pytest.param(name, B, N, C, marks=marks))
+            parameters.append(pytest.param(name, B, N, C, marks=marks, id=f"{name}-B{B}-N{N}-C{C}"))
     return parameters
 
 
-@pytest.mark.parametrize(
-    ("backend", "B", "N", "C"), sizes_of_backends(), indirect=["backend"], ids=str
-)
+@pytest.mark.parametrize(("backend", "B", "N", "C"), sizes_of_backends(), indirect=["backend"])
 def test_every_size_agrees_with_the_definition(backend, B, N, C):
     logits, uniform = (tensor.float() for tensor in segment_logits(N, C, B=B))
     assert_conforms(backend.attention(logits, uniform), logits, uniform)
@@ -529,10 +527,10 @@ def test_every_image_stands_alone(backend):
     attended = backend.proxy_attention(features, logits)
     for b in range(3):
         one = slice(b, b + 1)
-        alone = backend.attention(logits[one], uniform[one])
-        assert relative_error(together[one], alone) < RELATIVE_ERROR[torch.float32]
-        alone = backend.proxy_attention(features[one], logits[one])
-        assert relative_error(attended[one], alone) < RELATIVE_ERROR[torch.float32]
+        by_itself = backend.attention(logits[one], uniform[one])
+        assert relative_error(together[one], by_itself) < RELATIVE_ERROR[torch.float32]
+        by_itself = backend.proxy_attention(features[one], logits[one])
+        assert relative_error(attended[one], by_itself) < RELATIVE_ERROR[torch.float32]
 
 
 def test_permuting_the_patches_permutes_the_result(backend):

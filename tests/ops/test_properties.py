@@ -96,8 +96,8 @@ def assert_longest_prefix_that_fits(kept: Tensor, S: Tensor, confidence: float) 
     assert (least_kept >= most_dropped - SIMILARITY_MARGIN).all(), "not a prefix of the order"
     shares = S.softmax(dim=-1)
     mass = (shares * kept).sum(dim=-1)
-    alone = kept.sum(dim=-1) == 1
-    assert (alone | (mass <= confidence + DECISION_MARGIN)).all(), "more than fits"
+    only_one = kept.sum(dim=-1) == 1
+    assert (only_one | (mass <= confidence + DECISION_MARGIN)).all(), "more than fits"
     following = shares.masked_fill(kept, -1).amax(dim=-1)
     whole = kept.all(dim=-1)
     assert (whole | (mass + following > confidence - DECISION_MARGIN)).all(), "less than fits"
@@ -171,8 +171,8 @@ def test_every_image_stands_alone(backend, data):
     together = attention_of(backend, logits, uniform)
     for b in range(len(logits)):
         one = slice(b, b + 1)
-        alone = attention_of(backend, logits[one], None if uniform is None else uniform[one])
-        assert relative_error(together[one], alone) < RELATIVE_ERROR[logits.dtype]
+        by_itself = attention_of(backend, logits[one], None if uniform is None else uniform[one])
+        assert relative_error(together[one], by_itself) < RELATIVE_ERROR[logits.dtype]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -312,13 +312,13 @@ def test_the_kernels_hold_to_all_of_it_in_the_interpreter(data, config, seed):
     assert_rows_sum_to_one(feedback)
     if config.pruning == "confidence" and not config.scaling:
         assert_longest_prefix_that_fits(feedback > 0, S, config.confidence)
-    # The last image alone, its patches in another order and its memory in another layout.
+    # The last image by itself, its patches in another order and its memory in another layout.
     order = shuffled(logits.shape[1], seed)
     other = laid_out(logits[-1:, order], "sliced")
     if uniform is not None:
         uniform = uniform[-1:] if uniform.shape[1] == 1 else uniform[-1:, order]
-    alone = attention_of("triton", other, uniform, config)
-    assert relative_error(alone, feedback[-1:, order][:, :, order]) < allowed
+    by_itself = attention_of("triton", other, uniform, config)
+    assert relative_error(by_itself, feedback[-1:, order][:, :, order]) < allowed
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
@@ -401,7 +401,7 @@ def test_proxy_attention_agrees_permutes_and_keeps_images_apart(backend, data, s
     order = shuffled(value.shape[1], seed)
     permuted = proxy_of(backend, features[:, order], value[:, order])
     assert relative_error(permuted, attended[:, order]) < allowed
-    alone = proxy_of(backend, features[-1:], value[-1:])
-    assert relative_error(attended[-1:], alone) < allowed
+    by_itself = proxy_of(backend, features[-1:], value[-1:])
+    assert relative_error(attended[-1:], by_itself) < allowed
     scaled = proxy_of(backend, features * 4, value)
     assert relative_error(scaled, attended) < allowed

@@ -46,14 +46,14 @@ def composer(sprites):
     return Composer(sprites, SIZE, seed=5, object_sizes=(30, 60), most_objects=3)
 
 
-def test_a_scene_is_made_from_its_seed_and_index_alone(sprites, composer):
+def test_a_scene_is_made_from_its_seed_and_index_only(sprites, composer):
     again = Composer(sprites, SIZE, seed=5, object_sizes=(30, 60), most_objects=3)
     together = composer.compose([3, 7, 2])
     for row, index in ((1, 7), (2, 2)):
-        alone = again.compose([index])
-        assert torch.equal(together.pictures[row], alone.pictures[0])
-        assert torch.equal(together.masks[row], alone.masks[0])
-        assert together.objects[row] == alone.objects[0]
+        by_itself = again.compose([index])
+        assert torch.equal(together.pictures[row], by_itself.pictures[0])
+        assert torch.equal(together.masks[row], by_itself.masks[0])
+        assert together.objects[row] == by_itself.objects[0]
     other = Composer(sprites, SIZE, seed=6, object_sizes=(30, 60), most_objects=3)
     assert not torch.equal(other.compose([2]).pictures[0], together.pictures[2])
 
