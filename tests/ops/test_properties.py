@@ -181,27 +181,32 @@ def test_equal_patches_get_equal_results(backend, data, config, seed):
     logits, _ = data.draw(inputs(backend, most_patches=4))
     choice = torch.randint(logits.shape[1], (16,), generator=torch.Generator().manual_seed(seed))
     logits = logits[:, choice]
-    assume(clear_but_for_equals(exact_similarities(logits, None, config), config))
+    S = exact_similarities(logits, None, config)
+    assume(clear_but_for_equals(S, config))
     feedback = attention_of(backend, logits, None, config)
-    first = (choice[:, None] == choice).int().argmax(dim=-1)
-    # How much each row gives to each kind of patch, and to how many of them.
-    kinds = (choice[:, None] == choice[first.unique()]).to(feedback.dtype)
-    given, kept = feedback @ kinds, (feedback > 0).to(feedback.dtype) @ kinds
-    assert torch.equal(kept[:, first], kept)
-    assert relative_error(given[:, first], given) < RELATIVE_ERROR[logits.dtype]
-    for kind in first.unique():
-        columns = feedback[:, :, choice == choice[kind]]
-        weight = columns.amax(dim=-1, keepdim=True).expand_as(columns)
-        error = (columns - weight).masked_fill(columns == 0, 0)
-        assert (error.abs() <= RELATIVE_ERROR[logits.dtype] * weight).all()
-        if backend != "torch":
-            # Among equals the lowest index is kept first, and the kept ones weigh the same to the
-            # bit. Not by a BLAS: it rounds equal columns of a product differently, those at the
-            # end of a block of columns by other instructions than the rest, so that equal patches
-            # are equally similar only within rounding. The rule itself is asked for below.
-            is_kept = columns > 0
-            assert torch.equal(is_kept, is_kept.int().cummin(dim=-1).values.bool())
-            assert ((columns == weight) | ~is_kept).all()
+    # Which patches the definition cannot tell apart: those chosen twice, and those equal by chance.
+    rows, columns = ((x[:, :, None] == x[:, None]).all(dim=-1) for x in (S, S.mT))
+    alike = rows & columns
+    first = alike.int().argmax(dim=-1, keepdim=True).expand_as(S)
+    # How much each row gives to the likes of each patch, and to how many of them it does.
+    given, kept = ((x @ alike.double()) for x in (feedback.double(), (feedback > 0).double()))
+    assert torch.equal(kept.gather(1, first), kept)
+    assert relative_error(given.gather(1, first), given) < RELATIVE_ERROR[logits.dtype]
+    for b in range(len(S)):
+        for likes in alike[b].unique(dim=0):
+            columns = feedback[b, :, likes]
+            weight = columns.amax(dim=-1, keepdim=True).expand_as(columns)
+            error = (columns - weight).masked_fill(columns == 0, 0)
+            assert (error.abs() <= RELATIVE_ERROR[logits.dtype] * weight).all()
+            if backend != "torch":
+                # Among equals the lowest index is kept first, and the kept ones weigh the same to
+                # the bit. Not by a BLAS: it rounds equal columns of a product differently, those
+                # at the end of a block of columns by other instructions than the rest, so that
+                # equal patches are equally similar only within rounding. The rule itself is asked
+                # for below.
+                is_kept = columns > 0
+                assert torch.equal(is_kept, is_kept.int().cummin(dim=-1).values.bool())
+                assert ((columns == weight) | ~is_kept).all()
 
 
 def clear_but_for_equals(S: Tensor, config: FSAConfig) -> bool:
