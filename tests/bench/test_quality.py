@@ -60,7 +60,7 @@ def test_mean_iou_is_that_of_the_whole_confusion():
     rng = np.random.default_rng(0)
     areas, whole = quality.Areas(), np.zeros((len(CLASSES), len(CLASSES)), dtype=int)
     for picture in range(3):
-        # Class 8 is in the second picture alone; no picture has class 9, whatever is labelled.
+        # Class 8 is in the second picture only; no picture has class 9, whatever is labelled.
         truth, labels = rng.integers(0, 6, 400), rng.integers(0, 10, 400)
         truth[:50] = 8 if picture == 1 else 0
         areas.add(labels, truth)

@@ -275,9 +275,9 @@ def test_the_demo_shows_every_host_with_and_without(run, tmp_path, monkeypatch):
     assert code == 0
     for name in ("MaskCLIP", "SCLIP", "ClearCLIP", "ProxyCLIP"):
         line = next(line for line in stdout.splitlines() if line.startswith(name))
-        alone, adapted, gain = (float(word) for word in line.split()[1:4])
-        assert 0 <= alone <= 100
+        host_score, adapted, gain = (float(word) for word in line.split()[1:4])
+        assert 0 <= host_score <= 100
         assert 0 <= adapted <= 100
-        assert abs(adapted - alone - gain) < 0.11
+        assert abs(adapted - host_score - gain) < 0.11
     with Image.open(file) as figure:
         assert figure.width > 10 * 200

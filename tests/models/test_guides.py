@@ -150,11 +150,11 @@ def test_tokens_of_other_images_are_refused_in_words(tower):
 
 
 def test_any_callable_serves(tower):
-    def mine(images):
+    def own_guide(images):
         return images[:, :, ::8, ::8]
 
-    model = load(mine, tower)
-    assert model.name == "mine"
+    model = load(own_guide, tower)
+    assert model.name == "own_guide"
     assert model(torch.randn(1, 3, 16, 32)).shape == (1, 3, 2, 4)
     for wrong in (lambda x: x[0], lambda x: None, lambda x: x.repeat(2, 1, 1, 1)):
         with pytest.raises(InputError, match="must return features"):
