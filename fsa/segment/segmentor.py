@@ -345,6 +345,7 @@ class Segmentor:
         window: int | None = None,
         stride: int | None = None,
         short_side: int | None = None,
+        max_patches: int | None = None,
     ) -> WindowAttentions:
         """What the patches of a window attend to, before and after feedback.
 
@@ -355,9 +356,11 @@ class Segmentor:
             image, classes, window, stride, short_side: as in `segment`.
             patch: row and column on the grid of patches of the resized picture, from 0; default
                 the patch in the middle.
+            max_patches: a window with more is refused before its attention is computed.
 
         Raises:
-            InputError: as `segment`; a patch that is not there; a segmentor without feedback.
+            InputError: as `segment`; a patch that is not there; too many patches; a segmentor
+                without feedback.
         """
         if self.config is None:
             raise InputError("this segmentor has no feedback to look at: take with_feedback(True)")
@@ -382,6 +385,12 @@ class Segmentor:
         queries = self._text.encode(classes)
         padded, (top, left) = self._padded(working[(slice(None), *part.slices)][None])
         vfm_features, tokens = self._vfm_features(padded)
+        grid = self.host.grid(*padded.shape[-2:], vfm_features)
+        if max_patches is not None and math.prod(grid) > max_patches:
+            raise InputError(
+                f"a window of {grid[0]} x {grid[1]} = {math.prod(grid)} patches is too large: at "
+                f"most {max_patches} are accepted; choose a smaller window"
+            )
         seen = attentions(
             self.host,
             padded,
@@ -390,7 +399,6 @@ class Segmentor:
             tokens=tokens,
             config=self.config,
         )
-        grid = self.host.grid(*padded.shape[-2:], vfm_features)
         return WindowAttentions(
             size=(height, width),
             area=windows.Window(part.top - top, part.left - left, *padded.shape[-2:]),

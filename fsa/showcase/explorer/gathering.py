@@ -58,10 +58,10 @@ def gathered(
     """
     config = segmentor.config
     picture = read_image(image)
-    seen = segmentor.window_attentions(picture, classes, patch, **sizes)
+    seen = segmentor.window_attentions(picture, classes, patch, max_patches=MAX_PATCHES, **sizes)
     queries = segmentor.encode(classes)
     patches = seen.grid[0] * seen.grid[1]
-    _check_size(seen.grid, len(queries.features))
+    _check_predictions(patches, len(queries.features))
     first = seen
     if not config.isolation:
         # What the page subtracts when isolation is switched on there.
@@ -111,13 +111,7 @@ def gathered(
     }
 
 
-def _check_size(grid: tuple[int, int], queries: int) -> None:
-    patches = grid[0] * grid[1]
-    if patches > MAX_PATCHES:
-        raise InputError(
-            f"a window of {grid[0]} x {grid[1]} = {patches} patches is too large for the page, "
-            f"which takes at most {MAX_PATCHES}: choose a smaller window"
-        )
+def _check_predictions(patches: int, queries: int) -> None:
     if patches * queries > _MAX_PREDICTIONS:
         raise InputError(
             f"{queries} class names in a window of {patches} patches are too many for the page, "

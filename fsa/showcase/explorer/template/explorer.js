@@ -2,9 +2,6 @@
 
 // ---- What the page was given -------------------------------------------------------------------
 
-const errors = [];
-addEventListener("error", (event) => errors.push(event.message));
-
 const data = JSON.parse(document.getElementById("data").textContent);
 const [ROWS, COLUMNS] = data.grid;
 const N = ROWS * COLUMNS;
@@ -285,13 +282,23 @@ function element(tag, text, className) {
   return made;
 }
 
+/** A list item whose "A_f" are written with a subscript. */
+function withSubscripts(text) {
+  const item = element("li");
+  text.split("A_f").forEach((part, number) => {
+    if (number > 0) item.append("A", element("sub", "f"));
+    item.append(part);
+  });
+  return item;
+}
+
 const rgb = (colour) => `rgb(${colour.join(" ")})`;
 
 function writeFacts() {
   const { picture, host, model, pretrained, vfm } = data.about;
   const named = pretrained && pretrained !== model ? `${model} (${pretrained})` : model;
   const guide = vfm ? ` guided by ${vfm}` : "";
-  const changed = `feedback changes ${percent(data.changed)} of the labels`;
+  const changed = `feedback changes ${percent(data.changed)} of the pixels`;
   $("facts").textContent = `${picture} · ${host}${guide}, model ${named} · ${changed}`;
 }
 
@@ -327,7 +334,7 @@ function writeNotes() {
         "are those of the first time.",
     );
   }
-  $("notes").replaceChildren(...notes.map((text) => element("li", text)));
+  $("notes").replaceChildren(...notes.map(withSubscripts));
 }
 
 function writeLegend() {
@@ -389,11 +396,17 @@ function painted(map, width, height) {
   return canvas;
 }
 
+/** A white box between black lines around a place, moved inwards where the canvas ends. */
 function box(context, left, top, width, height) {
+  const { canvas } = context;
+  const room = 2 * devicePixelRatio;
+  const within = (value, size) => Math.min(Math.max(value, room), size - room);
+  const [x, right] = [left - room / 2, left + width + room / 2].map((v) => within(v, canvas.width));
+  const [y, low] = [top - room / 2, top + height + room / 2].map((v) => within(v, canvas.height));
   for (const [line, colour] of [[4, "#000"], [2, "#fff"]]) {
     context.lineWidth = line * devicePixelRatio;
     context.strokeStyle = colour;
-    context.strokeRect(left, top, width, height);
+    context.strokeRect(x, y, right - x, low - y);
   }
 }
 
@@ -425,13 +438,8 @@ function drawPicture() {
   const cell = [(area.width * width) / COLUMNS, (area.height * height) / ROWS];
   const [left, top] = [area.left * width, area.top * height];
   box(context, left, top, area.width * width, area.height * height);
-  box(
-    context,
-    left + (patch % COLUMNS) * cell[0],
-    top + Math.floor(patch / COLUMNS) * cell[1],
-    cell[0],
-    cell[1],
-  );
+  const [row, column] = [Math.floor(patch / COLUMNS), patch % COLUMNS];
+  box(context, left + column * cell[0], top + row * cell[1], ...cell);
   context.fillStyle = "#000";
   context.fillRect(middle - 2.5 * devicePixelRatio, 0, 5 * devicePixelRatio, height);
   context.fillStyle = "#fff";
@@ -533,9 +541,9 @@ function drawMap(name, cells, crop, patch) {
   context.drawImage(crop, 0, 0, width, height);
   context.imageSmoothingEnabled = false;
   context.drawImage(cells, 0, 0, width, height);
-  const [cellWidth, cellHeight] = [width / COLUMNS, height / ROWS];
-  const column = patch % COLUMNS;
-  box(context, column * cellWidth, ((patch - column) / COLUMNS) * cellHeight, cellWidth, cellHeight);
+  const cell = [width / COLUMNS, height / ROWS];
+  const [row, column] = [Math.floor(patch / COLUMNS), patch % COLUMNS];
+  box(context, column * cell[0], row * cell[1], ...cell);
 }
 
 function drawHeat(name, row, patch) {
@@ -580,11 +588,11 @@ function describe(name, text, spoken) {
   $(`map-${name}`).setAttribute("aria-label", spoken);
 }
 
-/** The patch that gets the most, in words. */
+/** How much of a row goes to the patch itself, in words. */
 function summary(row, patch) {
   let sum = 0;
   for (let j = 0; j < N; j++) sum += row[j];
-  return sum > 0 ? `itself ${percent(row[patch] / sum)}` : "nothing";
+  return sum > 0 ? `${percent(row[patch] / sum)} to itself` : "nothing";
 }
 
 function drawMaps(patch, found) {
@@ -678,7 +686,7 @@ function drawCurve({ ordered, cumulative, count }) {
   $("curve").setAttribute("aria-label", words);
 }
 
-const BARS = 6;
+const BARS = 5;
 
 function predictionsWithout(patch) {
   const out = new Float64Array(C);
@@ -713,7 +721,7 @@ function drawBars(patch) {
       numbers.append(element("span", percent(row[c])));
     }
     const item = element("li");
-    item.append(swatch, label, track, numbers);
+    item.append(swatch, label, numbers, track);
     return item;
   });
   if (C > BARS) items.push(element("li", `and ${C - BARS} more`, "more"));
@@ -748,7 +756,9 @@ function showSettings() {
     const name = field.dataset.for;
     field.hidden = name === "beta" ? !settings.scaling : name !== settings.pruning;
   }
-  $("reset").disabled = JSON.stringify(settings) === JSON.stringify(computedSettings());
+  const same = JSON.stringify(settings) === JSON.stringify(computedSettings());
+  $("reset").disabled = same;
+  $("labels-note").classList.toggle("differs", !same);
 }
 
 function listenToControls() {
@@ -812,12 +822,9 @@ function draw() {
   drawCurve(found);
   const best = drawBars(patch);
   const [row, column] = [Math.floor(patch / COLUMNS), patch % COLUMNS];
-  const labelled =
-    best.without === best.with
-      ? `${best.without} without and with feedback`
-      : `${best.without} without, ${best.with} with feedback`;
-  $("status").textContent =
-    `Row ${row}, column ${column}: ${labelled}. ${found.count} of ${N} patches kept.`;
+  const same = best.without === best.with;
+  const predicted = same ? `${best.with} before and after` : `${best.without} before, ${best.with} after`;
+  $("status").textContent = `Row ${row}, column ${column}: ${predicted}; ${found.count} of ${N} kept.`;
 }
 
 /** Canvases as sharp as the screen. */
@@ -871,28 +878,4 @@ async function start() {
   });
 }
 
-// ---- For tests: #selftest=[{"patch": 0, "settings": {...}}, ...] writes the rows into the page ----
-
-function answer(requests) {
-  const list = (row) => Array.from(row, (value) => Number(value.toPrecision(9)));
-  return requests.map(({ patch, settings: changes }) => {
-    const asked = { ...computedSettings(), ...changes };
-    const { row, kept } = feedbackRows.at(patch, asked);
-    feedbackRows.fill(asked, Infinity);
-    return { feedback: list(row), kept: list(kept), adapted: list(adaptedRow(patch, row, asked)) };
-  });
-}
-
-const test = location.hash.match(/^#selftest=(.*)/);
-start().then(
-  () => {
-    if (!test) return;
-    const rows = answer(JSON.parse(decodeURIComponent(test[1])));
-    $("selftest").textContent = JSON.stringify({ rows, errors });
-  },
-  (error) => {
-    errors.push(String(error));
-    $("selftest").textContent = JSON.stringify({ errors });
-    throw error;
-  },
-);
+start();
