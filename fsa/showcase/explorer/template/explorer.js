@@ -681,12 +681,17 @@ function drawCurve({ ordered, cumulative, count }) {
   $("curve-level").setAttribute("d", level === undefined ? "" : `M30 ${y}H332`);
   const words =
     `The first ${count} of ${N} are kept: ${percent(cumulative[count - 1])} of the confidence, ` +
-    `similarity ${ordered[count - 1].toFixed(3)} or more.`;
+    `similarity of at least ${ordered[count - 1].toFixed(3)}.`;
   $("text-curve").textContent = words;
   $("curve").setAttribute("aria-label", words);
 }
 
 const BARS = 5;
+const BAR_NAMES = {
+  without: "without feedback",
+  isolated: "compared by feedback",
+  with: "with feedback",
+};
 
 function predictionsWithout(patch) {
   const out = new Float64Array(C);
@@ -718,7 +723,9 @@ function drawBars(patch) {
       const bar = element("i", undefined, kind);
       bar.style.width = `${100 * row[c]}%`;
       track.append(bar);
-      numbers.append(element("span", percent(row[c])));
+      const number = element("span", percent(row[c]));
+      number.append(element("span", ` ${BAR_NAMES[kind]}`, "spoken"));
+      numbers.append(number);
     }
     const item = element("li");
     item.append(swatch, label, numbers, track);
@@ -824,7 +831,8 @@ function draw() {
   const [row, column] = [Math.floor(patch / COLUMNS), patch % COLUMNS];
   const same = best.without === best.with;
   const predicted = same ? `${best.with} before and after` : `${best.without} before, ${best.with} after`;
-  $("status").textContent = `Row ${row}, column ${column}: ${predicted}; ${found.count} of ${N} kept.`;
+  $("status").textContent =
+    `Row ${row}, column ${column} of the window: ${predicted}; ${found.count} of ${N} kept.`;
 }
 
 /** Canvases as sharp as the screen. */
