@@ -25,12 +25,17 @@ class Attentions:
         feedback: A_f (B,N,N) of the last iteration; 0 where a patch was pruned.
         adapted: (B,N,N), the mean of A_f A, A A_f and A_f that takes the place of A (Eq. 14).
         features: (B,N,E), of the patches after feedback.
+        host_features: (B,N,E), of the patches before feedback.
+        uniform_features: (B,1,E) or (B,N,E), of the patches before feedback if every patch attended
+            to all alike; None without isolation.
     """
 
     host: Tensor
     feedback: Tensor
     adapted: Tensor
     features: Tensor
+    host_features: Tensor
+    uniform_features: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,41 @@ class PatchAttentions:
     def kept(self) -> np.ndarray:
         """Which patches were kept, (gh,gw) bool."""
         return self.feedback > 0
+
+
+@dataclass(frozen=True)
+class WindowAttentions:
+    """What all patches of a window attend to, before and after feedback.
+
+    Attributes:
+        size: height and width of the resized picture in pixels.
+        area: the window in it, with the padding to whole patches: it may reach beyond the picture.
+        grid: rows and columns of patches in the window.
+        patch: row and column on that grid of the patch that the window was chosen for.
+        attentions: of a batch of one, the window.
+    """
+
+    size: tuple[int, int]
+    area: Window
+    grid: tuple[int, int]
+    patch: tuple[int, int]
+    attentions: Attentions
+
+    def of_patch(self) -> PatchAttentions:
+        """What the patch attends to that the window was chosen for."""
+        seen, index = self.attentions, self.patch[0] * self.grid[1] + self.patch[1]
+        host, feedback, adapted = (
+            matrix[0, index].unflatten(0, self.grid).float().cpu().numpy()
+            for matrix in (seen.host, seen.feedback, seen.adapted)
+        )
+        return PatchAttentions(
+            size=self.size,
+            area=self.area,
+            patch=self.patch,
+            host=host,
+            feedback=feedback,
+            adapted=adapted,
+        )
 
 
 @torch.no_grad()
@@ -101,7 +141,14 @@ def attentions(
         "only": lambda: feedback,
     }
     adapted = sum(forms[name]() for name in config.adaptations) / len(config.adaptations)
-    return Attentions(host=matrix, feedback=feedback, adapted=adapted, features=tail(heads))
+    return Attentions(
+        host=matrix,
+        feedback=feedback,
+        adapted=adapted,
+        features=tail(heads),
+        host_features=seen[0][0],
+        uniform_features=seen[0][1],
+    )
 
 
 def attention_matrix(attention: LastAttention) -> Tensor:

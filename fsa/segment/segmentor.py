@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from fsa.models.transformers import from_transformers
 from fsa.pictures import windows
 from fsa.pictures.reading import Picture, read_image
 from fsa.segment.graphs import GraphCache
-from fsa.segment.inspection import PatchAttentions, attentions
+from fsa.segment.inspection import PatchAttentions, WindowAttentions, attentions
 from fsa.segment.labels import class_probabilities, label_map, named_background
 from fsa.segment.result import Segmentation
 
@@ -328,15 +329,38 @@ class Segmentor:
     ) -> PatchAttentions:
         """What one patch of a picture attends to, before and after feedback.
 
+        Args, Raises: as `window_attentions`.
+        """
+        seen = self.window_attentions(
+            image, classes, patch, window=window, stride=stride, short_side=short_side
+        )
+        return seen.of_patch()
+
+    def window_attentions(
+        self,
+        image: Any,
+        classes: Classes,
+        patch: tuple[int, int] | None = None,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        short_side: int | None = None,
+        max_patches: int | None = None,
+    ) -> WindowAttentions:
+        """What the patches of a window attend to, before and after feedback.
+
         Attention never leaves a window; of the windows that show the patch, this is the one whose
         middle is nearest to it.
 
         Args:
             image, classes, window, stride, short_side: as in `segment`.
-            patch: row and column on the grid of patches of the resized picture, from 0.
+            patch: row and column on the grid of patches of the resized picture, from 0; default
+                the patch in the middle.
+            max_patches: a window with more is refused before its attention is computed.
 
         Raises:
-            InputError: as `segment`; a patch that is not there; a segmentor without feedback.
+            InputError: as `segment`; a patch that is not there; too many patches; a segmentor
+                without feedback.
         """
         if self.config is None:
             raise InputError("this segmentor has no feedback to look at: take with_feedback(True)")
@@ -345,19 +369,28 @@ class Segmentor:
         height, width = working.shape[-2:]
         patch_height, patch_width = self.host.tower.patch_size
         rows, columns = math.ceil(height / patch_height), math.ceil(width / patch_width)
-        if not (0 <= patch[0] < rows and 0 <= patch[1] < columns):
+        row, column = (
+            (height // 2 // patch_height, width // 2 // patch_width) if patch is None else patch
+        )
+        if not (0 <= row < rows and 0 <= column < columns):
             raise InputError(
-                f"patch={patch[0]},{patch[1]} is not in the picture: it has rows 0 to {rows - 1} "
+                f"patch={row},{column} is not in the picture: it has rows 0 to {rows - 1} "
                 f"and columns 0 to {columns - 1} of patches"
             )
-        y = min((patch[0] + 0.5) * patch_height, height - 1)
-        x = min((patch[1] + 0.5) * patch_width, width - 1)
+        y = min((row + 0.5) * patch_height, height - 1)
+        x = min((column + 0.5) * patch_width, width - 1)
         parts = windows.plan(height, width, sizes.window, sizes.stride)
         part = min(parts, key=lambda w: math.hypot(*_from_middle(w, y, x)))
 
         queries = self._text.encode(classes)
         padded, (top, left) = self._padded(working[(slice(None), *part.slices)][None])
         vfm_features, tokens = self._vfm_features(padded)
+        grid = self.host.grid(*padded.shape[-2:], vfm_features)
+        if max_patches is not None and math.prod(grid) > max_patches:
+            raise InputError(
+                f"a window of {grid[0]} x {grid[1]} = {math.prod(grid)} patches is too large: at "
+                f"most {max_patches} are accepted; choose a smaller window"
+            )
         seen = attentions(
             self.host,
             padded,
@@ -366,22 +399,23 @@ class Segmentor:
             tokens=tokens,
             config=self.config,
         )
-        grid = self.host.grid(*padded.shape[-2:], vfm_features)
-        at = (
-            int((y - part.top + top) * grid[0] / padded.shape[-2]),
-            int((x - part.left + left) * grid[1] / padded.shape[-1]),
-        )
-        index = at[0] * grid[1] + at[1]
-        rows_of = (m[0, index].unflatten(0, grid) for m in (seen.host, seen.feedback, seen.adapted))
-        host, feedback, adapted = (row.float().cpu().numpy() for row in rows_of)
-        return PatchAttentions(
+        return WindowAttentions(
             size=(height, width),
             area=windows.Window(part.top - top, part.left - left, *padded.shape[-2:]),
-            patch=at,
-            host=host,
-            feedback=feedback,
-            adapted=adapted,
+            grid=grid,
+            patch=(
+                int((y - part.top + top) * grid[0] / padded.shape[-2]),
+                int((x - part.left + left) * grid[1] / padded.shape[-1]),
+            ),
+            attentions=seen,
         )
+
+    def explore(self, image: Any, classes: Classes, out: str | os.PathLike[str], **options) -> None:
+        """Writes one HTML page to look into feedback; see `fsa.showcase.explorer.explore`."""
+        # The page is made of segmentations, so its module is imported only where one is asked for.
+        from fsa.showcase.explorer import explore
+
+        explore(self, image, classes, out, **options)
 
     def _sizes(self, window: int | None, stride: int | None, short_side: int | None) -> _Protocol:
         default = _TINY if self.loaded.name == TINY else _PAPER
