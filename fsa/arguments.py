@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import sys
 from typing import Any
@@ -14,8 +15,11 @@ def as_float(value: Any) -> float | None:
     # Python's own types first: the compilers that trace this know nothing of abstract ones.
     if isinstance(value, bool) or not isinstance(value, (int, float, numbers.Real)):
         return None
-    # Written as a comparison, which NaN fails too; an int may be too large for a float.
-    return float(value) if abs(value) <= sys.float_info.max else None
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return None
+    number = float(value)
+    # Written as a comparison, which every torch.compile traces; NaN fails it.
+    return number if abs(number) < math.inf else None
 
 
 def as_integer(value: Any) -> int | None:

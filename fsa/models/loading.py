@@ -19,7 +19,7 @@ from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 from torch import Tensor, nn
 
 from fsa import tiny
-from fsa.errors import FSAWarning, InputError, ModelUnavailableError
+from fsa.errors import FSAWarning, InputError, ModelUnavailableError, NotFiniteError
 from fsa.models.checkpoints import (
     OPENAI_EXTRAS,
     check_weights,
@@ -51,7 +51,7 @@ class LoadedModel:
 
     Attributes:
         model: open_clip's, in evaluation mode, without gradients; or one of transformers, see
-            `fsa.transformers_models`.
+            `fsa.models.transformers`.
         tokenizer: list of texts -> (T,L) int64.
         name: open_clip's name, or "tiny".
         pretrained: the tag or the file that the weights come from.
@@ -70,6 +70,15 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         return self.model.logit_scale.device
+
+    def not_finite(self, what: str) -> NotFiniteError:
+        """The error to raise where the model makes NaN or inf of a picture or of class names."""
+        kind = str(self.dtype).removeprefix("torch.")
+        return NotFiniteError(
+            f"{what}: {self.name} with the weights {self.pretrained} makes NaN or inf of it in "
+            f"{kind}. The weights may be damaged"
+            + ("; in dtype='float32' larger numbers fit" if self.dtype == torch.float16 else "")
+        )
 
     @property
     def dtype(self) -> torch.dtype:

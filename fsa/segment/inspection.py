@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,9 +13,15 @@ from torch import Tensor
 
 from fsa import ops
 from fsa.config import FSAConfig
+from fsa.errors import InputError, NotFiniteError
 from fsa.hosts import Host, LastAttention
 from fsa.hosts.base import adapted_heads
-from fsa.pictures.windows import Window
+from fsa.ops.checks import autocast_off
+from fsa.pictures.windows import Window, plan
+from fsa.segment.sizes import Sizes
+
+if TYPE_CHECKING:
+    from fsa.segment.segmentor import Segmentor
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,76 @@ class PatchAttentions:
     def kept(self) -> np.ndarray:
         """Which patches were kept, (gh,gw) bool."""
         return self.feedback > 0
+
+
+def attentions_at(
+    segmentor: Segmentor,
+    image: Tensor,
+    text_features: Tensor,
+    patch: tuple[int, int],
+    sizes: Sizes,
+) -> PatchAttentions:
+    """What one patch of a picture attends to, before and after feedback.
+
+    Attention never leaves a window; of the windows that show the patch, this is the one whose
+    middle is nearest to it.
+
+    Args:
+        segmentor: with feedback.
+        image: the picture (3,h,w), resized and normalised, on the model's device.
+        text_features: (Q,E) of unit length.
+        patch: row and column on the grid of patches of the resized picture, from 0.
+        sizes: in which it is cut.
+
+    Raises:
+        InputError: a patch that is not there.
+        NotFiniteError: attention with NaN or inf.
+    """
+    height, width = image.shape[-2:]
+    patch_height, patch_width = segmentor.host.tower.patch_size
+    rows, columns = math.ceil(height / patch_height), math.ceil(width / patch_width)
+    if not (0 <= patch[0] < rows and 0 <= patch[1] < columns):
+        raise InputError(
+            f"patch={patch[0]},{patch[1]} is not in the picture: it has rows 0 to {rows - 1} "
+            f"and columns 0 to {columns - 1} of patches"
+        )
+    y = min((patch[0] + 0.5) * patch_height, height - 1)
+    x = min((patch[1] + 0.5) * patch_width, width - 1)
+    parts = plan(height, width, sizes.window, sizes.stride)
+    part = min(parts, key=lambda window: math.hypot(*_from_middle(window, y, x)))
+    padded, (top, left) = segmentor.padded(image[(slice(None), *part.slices)][None])
+    with autocast_off(padded), torch.no_grad():
+        vfm_features, tokens = segmentor.vfm_features(padded)
+        seen = attentions(
+            segmentor.host,
+            padded,
+            text_features,
+            vfm_features=vfm_features,
+            tokens=tokens,
+            config=segmentor.config,
+        )
+    grid = segmentor.host.grid(*padded.shape[-2:], vfm_features)
+    at = (
+        int((y - part.top + top) * grid[0] / padded.shape[-2]),
+        int((x - part.left + left) * grid[1] / padded.shape[-1]),
+    )
+    index = at[0] * grid[1] + at[1]
+    rows_of = (m[0, index].unflatten(0, grid) for m in (seen.host, seen.feedback, seen.adapted))
+    host, feedback, adapted = (row.float().cpu().numpy() for row in rows_of)
+    if not (np.isfinite(host).all() and np.isfinite(adapted).all()):
+        raise NotFiniteError("the attention holds NaN or inf")
+    return PatchAttentions(
+        size=(height, width),
+        area=Window(part.top - top, part.left - left, *padded.shape[-2:]),
+        patch=at,
+        host=host,
+        feedback=feedback,
+        adapted=adapted,
+    )
+
+
+def _from_middle(window: Window, y: float, x: float) -> tuple[float, float]:
+    return window.top + window.height / 2 - y, window.left + window.width / 2 - x
 
 
 @torch.no_grad()
