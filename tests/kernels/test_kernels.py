@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +20,6 @@ from tests.support.accuracy import (
     vector,
 )
 from tests.support.forms import FORMS, form_id
-from tests.support.offsets import compiles_ahead_of_time
 from tests.support.towers import inputs_of, random_tower
 
 if not fsa_kernels.available():
@@ -174,11 +169,11 @@ def test_rows_too_long_for_registers_are_searched_the_same_way(config, monkeypat
 @pytest.fixture
 def search_steps(monkeypatch):
     """How many steps the search for each row's threshold takes, row by row."""
-    from fsa_kernels import feedback
+    from fsa_kernels import select
 
     if not fsa_kernels.interpreting():
         pytest.skip("steps are counted in Triton's interpreter")
-    pivot, steps = feedback._pivot, []
+    pivot, steps = select._pivot, []
 
     def counting(low, high, excess, lack, step):
         if int(step) == 0:
@@ -186,7 +181,7 @@ def search_steps(monkeypatch):
         steps[-1] += 1
         return pivot(low, high, excess, lack, step)
 
-    monkeypatch.setattr(feedback, "_pivot", counting)
+    monkeypatch.setattr(select, "_pivot", counting)
     return steps
 
 
@@ -201,14 +196,14 @@ def test_the_search_takes_few_steps(search_steps):
 
 def kept_of_a_row(similarities, share):
     """What the search keeps of a row of similarities, in their order."""
-    from fsa_kernels import feedback
+    from fsa_kernels import select
 
     N = len(similarities)
     padded = -(-N // 64) * 64
     row = torch.full((1, 1, padded), -1.0)
     row[0, 0, :N] = similarities
     out, h = torch.empty(1, 1, padded), torch.zeros(1, N)
-    feedback._select_kernel[(1,)](
+    select._select_kernel[(1,)](
         *(row, h, out, N, 0, 1, padded, padded, 0.0, share, 0.0),
         PRUNING=0,
         SCALING=False,
@@ -495,40 +490,3 @@ def test_every_host_runs_by_the_kernels(name, iterations):
         for backend in ("triton", "torch")
     )
     assert relative_error(by_kernels, by_torch) < 5e-5
-
-
-# A sample of the launch table keeps this short; `python -m bench resources` compiles all of it.
-COMPILED = """
-import sys
-from bench.resources import measure, variants
-wanted = ("isolate C<=64 float16", "isolate C<=128 float16", "similarity N>1024 exact",
-          "select N<=2048",
-          "predict float16", "select, longer rows", "gather heads float16",
-          "proxy normalise float16", "proxy affinity 128 rows float16",
-          "proxy apply 128 rows float16", "proxy gather 128 rows float16")
-chosen = [v for v in variants() if v.name in wanted]
-assert len(chosen) == len(wanted), [v.name for v in chosen]
-for variant in chosen:
-    taken = measure(variant, int(sys.argv[1]))
-    print(variant.name, taken.registers, taken.spilled, taken.shared, taken.tensor_cores)
-    assert taken.fits, (variant.name, taken.spilled, taken.shared)
-    if variant.name.startswith(("similarity", "predict")) or "rows float16" in variant.name:
-        assert "MMA" in taken.tensor_cores, variant.name
-"""
-
-
-@pytest.mark.skipif(
-    not compiles_ahead_of_time(), reason="compiling for a chip that is not there needs triton 3.3"
-)
-@pytest.mark.parametrize("chip", [80, 90, 100])
-def test_kernels_compile_for_real_chips_without_spilling(chip):
-    # Not in this process: under the interpreter there is nothing to compile.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILED, str(chip)],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
