@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fsa.errors import InputError, ModelUnavailableError
+from fsa.models.checkpoints import check_weights, unreadable
 from fsa.models.hub import hub_if_reachable, unavailable
 from fsa.models.tower import PUBLISHED_OFFSET, Tower, resized_positions
 
@@ -267,10 +268,7 @@ def _load_file(model: nn.Module, file: Path, timm_name: str) -> None:
         state = {key: tensor for key, tensor in state.items() if isinstance(tensor, Tensor)}
     # Whatever a broken or hostile file makes the readers raise; nothing in it was executed.
     except (SafetensorError, Exception):
-        raise InputError(
-            f"{file}: this is not a checkpoint that can be read safely: it must be .safetensors, "
-            "or a PyTorch file that holds nothing but tensors (a state_dict)"
-        ) from None
+        raise unreadable(file) from None
     wanted = model.state_dict()
     missing = sorted(set(wanted) - set(state))
     misshapen = sorted(
@@ -283,3 +281,4 @@ def _load_file(model: nn.Module, file: Path, timm_name: str) -> None:
         )
     # Checkpoints may hold more, such as a classifier or a decoder.
     model.load_state_dict({key: state[key] for key in wanted})
+    check_weights(model, file)
