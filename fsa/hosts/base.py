@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fsa import ops
 from fsa.config import FSAConfig
 from fsa.errors import InputError
-from fsa.models.tower import Tower
+from fsa.models.timm_tower import tower_of
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Host(nn.Module):
         super().__init__()
         if backend not in ops.BACKENDS:
             raise InputError(f"backend={backend!r} is not known: it must be one of {ops.BACKENDS}")
-        self.tower = visual if isinstance(visual, Tower) else Tower(visual)
+        self.tower = tower_of(visual)
         self.residual = self.published_residual if residual is None else residual
         self.backend = backend
 

@@ -74,7 +74,7 @@ class FunctionHost(Host):
         config: FSAConfig | None,
     ) -> LastAttention:
         prefix = self.tower.prefix_tokens
-        projected = self.tower.project(tokens, "qkv")
+        projected = self.tower.project(tokens, "qkv", self.tower.grid(*images.shape[-2:]))
         block = LastBlock(
             images=images,
             tokens=tokens,

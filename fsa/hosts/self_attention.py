@@ -77,7 +77,8 @@ class SelfAttentionHost(Host):
         config: FSAConfig | None,
     ) -> LastAttention:
         needed = {*"".join(self.pairs), "v"}
-        projected = self.tower.project(tokens, "".join(name for name in "qkv" if name in needed))
+        names = "".join(name for name in "qkv" if name in needed)
+        projected = self.tower.project(tokens, names, self.tower.grid(*images.shape[-2:]))
         return self_read_out(
             projected,
             self.pairs,

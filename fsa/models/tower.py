@@ -83,7 +83,8 @@ class Tower(nn.Module):
         Raises:
             InputError: a size that is not a positive multiple of the patch size.
         """
-        return self._run_blocks(self._tokens(images), slice(self.layers - 1))
+        grid = self.grid(*images.shape[-2:])
+        return self._run_blocks(self._tokens(images), slice(self.layers - 1), grid)
 
     def layer_features(self, images: Tensor, layer: int) -> Tensor:
         """The patch tokens that enter block `layer`: images (B,3,H,W) -> (B,D,gh,gw).
@@ -92,8 +93,9 @@ class Tower(nn.Module):
             InputError: a layer the tower does not have, or as `trunk`.
         """
         self._require_layer(layer)
-        entering = self._run_blocks(self._tokens(images), slice(layer))
-        return self._patch_map(entering, images)
+        grid = self.grid(*images.shape[-2:])
+        entering = self._run_blocks(self._tokens(images), slice(layer), grid)
+        return self._patch_map(entering, grid)
 
     def layer_and_trunk(self, images: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """`layer_features` and `trunk` of the same images, with every block run once.
@@ -102,9 +104,10 @@ class Tower(nn.Module):
             InputError: as `layer_features`.
         """
         self._require_layer(layer)
-        entering = self._run_blocks(self._tokens(images), slice(layer))
-        tokens = self._run_blocks(entering, slice(layer, self.layers - 1))
-        return self._patch_map(entering, images), tokens
+        grid = self.grid(*images.shape[-2:])
+        entering = self._run_blocks(self._tokens(images), slice(layer), grid)
+        tokens = self._run_blocks(entering, slice(layer, self.layers - 1), grid)
+        return self._patch_map(entering, grid), tokens
 
     def check_tokens(self, tokens: Tensor, images: Tensor) -> None:
         """Raises InputError for tokens that are not shaped as `trunk` makes them of the images."""
@@ -116,12 +119,16 @@ class Tower(nn.Module):
                 f"images; they have {tuple(tokens.shape)}"
             )
 
-    def project(self, tokens: Tensor, names: str) -> dict[str, Tensor]:
+    def project(
+        self, tokens: Tensor, names: str, grid: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
         """Queries, keys and values of the last block.
 
         Args:
             tokens: (B,L,D), as they enter the block.
             names: which of "q", "k", "v", in this order.
+            grid: rows and columns of the patches among the tokens; for queries and keys of towers
+                with rotary positions, which are part of them.
 
         Returns:
             name -> (B,H,L,d).
@@ -167,13 +174,13 @@ class Tower(nn.Module):
                 f"layer={layer} is not accepted: the tower has blocks 0 to {self.layers - 1}"
             )
 
-    def _patch_map(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """The patches of tokens (B,1+N,D) on the grid of their images: (B,D,gh,gw)."""
+    def _patch_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The patches of tokens (B,1+N,D) on their grid: (B,D,gh,gw)."""
         patches = tokens[:, self.prefix_tokens :]
-        return patches.transpose(1, 2).unflatten(2, self.grid(*images.shape[-2:]))
+        return patches.transpose(1, 2).unflatten(2, grid)
 
-    def _run_blocks(self, tokens: Tensor, blocks: slice) -> Tensor:
-        """Some of the blocks, as they follow one another, on tokens (B,1+N,D)."""
+    def _run_blocks(self, tokens: Tensor, blocks: slice, grid: tuple[int, int]) -> Tensor:
+        """Some of the blocks, as they follow one another, on tokens (B,1+N,D) of a grid."""
         transformer = self.visual.transformer
         batch_first = getattr(transformer, "batch_first", False)
         if not batch_first:
@@ -212,7 +219,12 @@ def with_branch(tokens: Tensor, branch: Tensor) -> Tensor:
 
 
 def resized_positions(
-    positions: Tensor, trained_grid: tuple[int, int], grid: tuple[int, int], prefix_tokens: int
+    positions: Tensor,
+    trained_grid: tuple[int, int],
+    grid: tuple[int, int],
+    prefix_tokens: int,
+    *,
+    antialias: bool = False,
 ) -> Tensor:
     """Positional embeddings of another grid than the trained one, bicubic; those before it stay.
 
@@ -220,13 +232,16 @@ def resized_positions(
         positions: (prefix_tokens + trained patches, D).
         trained_grid, grid: rows and columns.
         prefix_tokens: how many rows of `positions` belong to no patch.
+        antialias: whether shrinking smooths; the papers' code does not, timm's models do.
     """
     # A compiler would make a graph of its own for the trained grid; there resizing is the identity.
     if not torch.compiler.is_compiling() and grid == trained_grid:
         return positions
     of_patches = positions[prefix_tokens:].unflatten(0, trained_grid).permute(2, 0, 1)[None]
     # In float32: half-precision bicubic resizing is not there on every device.
-    resized = functional.interpolate(of_patches.float(), size=grid, mode="bicubic")
+    resized = functional.interpolate(
+        of_patches.float(), size=grid, mode="bicubic", antialias=antialias
+    )
     of_patches = resized[0].flatten(1).T.to(positions.dtype)
     return torch.cat([positions[:prefix_tokens], of_patches])
 
@@ -246,13 +261,13 @@ def _require_plain(visual: nn.Module) -> None:
     if missing:
         raise InputError(
             f"{type(visual).__name__} is not a plain open_clip VisionTransformer: it has no "
-            f"{', '.join(missing)}. Take a ViT model such as ViT-B-16, not a ResNet, ConvNeXt or "
-            "timm tower"
+            f"{', '.join(missing)}. Take a ViT instead, such as ViT-B-16"
         )
     if getattr(visual, "attn_pool", None) is not None:
         raise InputError(
-            "the vision tower pools by attention, which leaves no patch features in the space "
-            "shared with text; take a model without attentional pooling"
+            "the vision tower pools by CoCa's attention, with many queries and a projection after "
+            "it, which leaves no patch features in the space shared with text. Take a model "
+            "without attentional pooling instead, such as ViT-L-14"
         )
     attention = getattr(visual.transformer.resblocks[-1], "attn", None)
     if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None:

@@ -121,7 +121,9 @@ class _TransformersTower(Tower):
     def _patch_weight(self) -> Tensor:
         return self.visual.embeddings.patch_embedding.weight
 
-    def project(self, tokens: Tensor, names: str) -> dict[str, Tensor]:
+    def project(
+        self, tokens: Tensor, names: str, grid: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
         normed = self.last.layer_norm1(tokens)
         attention = self.last.self_attn
         projections = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj}
@@ -137,7 +139,7 @@ class _TransformersTower(Tower):
         tokens = with_branch(tokens, branch)
         return tokens + self.last.mlp(self.last.layer_norm2(tokens))
 
-    def _run_blocks(self, tokens: Tensor, blocks: slice) -> Tensor:
+    def _run_blocks(self, tokens: Tensor, blocks: slice, grid: tuple[int, int]) -> Tensor:
         for layer in self.visual.encoder.layers[blocks]:
             tokens = layer(tokens, attention_mask=None)
         return tokens
