@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from fsa.cli import compare, data, demo, evaluate, info, segment
+from fsa.cli import compare, data, demo, evaluate, info, models, segment
 from fsa.cli.terminal import shown
 from fsa.errors import FSAError
 
@@ -25,6 +25,7 @@ app.command("segment")(segment.segment)
 app.command("demo")(demo.demo)
 app.command("compare")(compare.compare)
 app.command("info")(info.info)
+app.command("models")(models.models)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(data.app, name="data")
 
