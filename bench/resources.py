@@ -106,7 +106,7 @@ class Resources:
 
 def variants() -> Iterator[Variant]:
     """Every kernel in every bucket of the launch table that users meet."""
-    from fsa_kernels import columns, feedback, isolate, proxy
+    from fsa_kernels import columns, isolate, predict, proxy, select, similarity
 
     def variant(name, kernel, pointers, plan, **constants) -> Variant:
         return Variant(
@@ -134,24 +134,23 @@ def variants() -> Iterator[Variant]:
                 plan,
                 HAS_UNIFORM=True,
                 COSINE=False,
-                SAMPLES=isolate._SAMPLES,
             )
-        for form, uniform in (("predict", isolate._ONE), ("predict, each", isolate._EACH)):
+        for form, uniform_row in (("predict", True), ("predict, each", False)):
             yield variant(
                 f"{form} {label}",
-                isolate._predict_kernel,
+                predict._predict_kernel,
                 {"x_ptr": pointer, "u_ptr": pointer, "text_ptr": "*fp32"}
                 | {"logits_ptr": "*fp32", "operands_ptr": "*fp16", "h_ptr": "*fp32"},
-                launch.predict(),
-                UNIFORM=uniform,
+                launch.predict(171, uniform_row),
+                UNIFORM_ROW=uniform_row,
+                UNIFORM_TILE=not uniform_row,
                 COSINE=False,
-                SAMPLES=isolate._SAMPLES,
             )
     for N, sizes in ((512, "N<=512"), (1024, "N<=1024"), (4096, "N>1024")):
         for exact in (True, False):
             yield variant(
                 f"similarity {sizes} {'exact' if exact else 'fast'}",
-                feedback._similarity_kernel,
+                similarity._similarity_kernel,
                 {"operands_ptr": "*fp16", "h_ptr": "*fp32", "s_ptr": "*fp32"},
                 launch.similarity(N),
                 COSINE=False,
@@ -162,7 +161,7 @@ def variants() -> Iterator[Variant]:
         plan = launch.select(N)
         yield variant(
             f"select N<={plan.constants['BLOCK_N']}",
-            feedback._select_kernel,
+            select._select_kernel,
             {"s_ptr": "*fp32", "h_ptr": "*fp32", "out_ptr": "*fp16"},
             plan,
             PRUNING=0,
@@ -170,7 +169,7 @@ def variants() -> Iterator[Variant]:
         )
     yield variant(
         "select, longer rows",
-        feedback._select_long_kernel,
+        select._select_long_kernel,
         {"s_ptr": "*fp32", "h_ptr": "*fp32", "out_ptr": "*fp16"},
         launch.select_long(),
         PRUNING=0,

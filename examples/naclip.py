@@ -21,7 +21,7 @@ def main() -> None:
     options = parser.parse_args()
 
     naclip = fsa.load_segmentor(host="naclip", feedback=False)
-    for name, segmentor in (("alone", naclip), ("feedback", naclip.with_feedback(True))):
+    for name, segmentor in (("baseline", naclip), ("feedback", naclip.with_feedback(True))):
         result = segmentor.segment(options.picture, scene.classes)
         result.save(f"{options.out}/{name}")
         shares = sorted(result.areas().items(), key=lambda item: -item[1])

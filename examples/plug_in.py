@@ -65,14 +65,14 @@ def main() -> None:
     text_features = TextEncoder(loaded).encode(scene.classes).features
     images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
-    alone = visual(images)
+    baseline = visual(images)
     fsa.plug_in(visual, text_features, config=fsa.FSAConfig())
     with_feedback = visual(images)
     fsa.unplug(visual)
 
-    change = (with_feedback - alone).norm() / alone.norm()
+    change = (with_feedback - baseline).norm() / baseline.norm()
     print(f"feedback changed the patch features by {change:.0%} of their length")
-    print(f"unplugged, the tower is what it was: {torch.equal(visual(images), alone)}")
+    print(f"unplugged, the tower is what it was: {torch.equal(visual(images), baseline)}")
 
 
 if __name__ == "__main__":

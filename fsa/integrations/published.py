@@ -20,9 +20,10 @@ from torch.nn import functional
 from fsa import ops
 from fsa.config import PROXY_GAIN, PROXY_SHIFT, FSAConfig
 from fsa.errors import InputError
-from fsa.hosts.base import LastAttention, adapted_heads
-from fsa.hosts.proxy import proxy_read_out
-from fsa.hosts.self_attention import identity_read_out, self_read_out
+from fsa.hosts.base import adapted_heads
+from fsa.hosts.block import LastAttention
+from fsa.hosts.proxy import affinity_attention
+from fsa.hosts.self_attention import attention_of_pairs, identity_attention
 from fsa.models.tower import with_branch
 
 _METHOD = "custom_attn"
@@ -236,7 +237,7 @@ def _read_proxyclip(
     backend: str,
     config: FSAConfig | None,
 ) -> _Call:
-    attention = proxy_read_out(
+    attention = affinity_attention(
         arguments["ex_feats"],
         _project(attn_layer, x[1:])["v"],
         tuple(arguments["token_size"]),
@@ -285,13 +286,13 @@ def _self_attention(
     projected = _project(attn_layer, x)
     value = projected["v"]
     if not pairs:
-        attention = identity_read_out(value[:, :, 1:], feedback=config is not None)
+        attention = identity_attention(value[:, :, 1:], feedback=config is not None)
         return _Call(attention, value[:, :, :1])
     class_heads = sum(
         functional.scaled_dot_product_attention(projected[a][:, :, :1], projected[b], value)
         for a, b in pairs
     )
-    return _Call(self_read_out(projected, pairs, backend, config), class_heads)
+    return _Call(attention_of_pairs(projected, pairs, backend, config), class_heads)
 
 
 def _project(attn_layer: nn.Module, x: Tensor) -> dict[str, Tensor]:

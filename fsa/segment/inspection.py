@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fsa import ops
 from fsa.config import FSAConfig
-from fsa.hosts import Host, LastAttention
+from fsa.hosts import Host, LastAttention, LastBlock
 from fsa.hosts.base import adapted_heads
 from fsa.pictures.windows import Window
 
@@ -76,7 +76,7 @@ def attentions(
     """
     if tokens is None:
         tokens = host.tower.trunk(images)
-    attention = host.attention(tokens, images, vfm_features, config)
+    attention = host.attention(LastBlock(host.tower, images, tokens, vfm_features), config)
     tail = partial(host.tail, tokens)
     seen: list[tuple[Tensor, Tensor | None]] = []
     heads = adapted_heads(

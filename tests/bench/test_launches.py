@@ -125,17 +125,17 @@ def takes_a_constant_of_the_host(block):
     ids=lambda function: function.__name__,
 )
 def test_what_waits_for_the_device_is_found(function):
-    def read_out(block):
+    def attention(block):
         function(block)
         query, key = (t[:, :, block.prefix_tokens :] for t in (block.query, block.key))
         return (query @ key.transpose(2, 3)).softmax(dim=-1)
 
     with pytest.raises(launches.Synchronises):
-        counted(read_out)
+        counted(attention)
 
 
 def test_views_and_memory_set_aside_are_no_launches():
-    def read_out(block):
+    def attention(block):
         query, key = (t[:, :, block.prefix_tokens :] for t in (block.query, block.key))
         for tensor in (query, key):
             tensor.transpose(1, 2).unflatten(3, (-1, 2)).expand(1, -1, -1, -1, 4, 2)
@@ -146,7 +146,7 @@ def test_views_and_memory_set_aside_are_no_launches():
         query, key = (t[:, :, block.prefix_tokens :] for t in (block.query, block.key))
         return (query @ key.transpose(2, 3)).softmax(dim=-1)
 
-    assert counted(read_out) == counted(plain)
+    assert counted(attention) == counted(plain)
 
 
 def test_what_feedback_adds_is_said_op_by_op():

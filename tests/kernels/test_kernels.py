@@ -15,6 +15,7 @@ import fsa
 import fsa_kernels
 from fsa import FSAConfig, hosts, reference
 from fsa.ops import torch_backend
+from tests.kernels.offsets import compiles_ahead_of_time
 from tests.support.accuracy import (
     OP_VECTORS,
     RELATIVE_ERROR,
@@ -24,7 +25,6 @@ from tests.support.accuracy import (
     vector,
 )
 from tests.support.forms import FORMS, form_id
-from tests.support.offsets import compiles_ahead_of_time
 from tests.support.towers import inputs_of, random_tower
 
 if not fsa_kernels.available():
@@ -174,11 +174,11 @@ def test_rows_too_long_for_registers_are_searched_the_same_way(config, monkeypat
 @pytest.fixture
 def search_steps(monkeypatch):
     """How many steps the search for each row's threshold takes, row by row."""
-    from fsa_kernels import feedback
+    from fsa_kernels import select
 
     if not fsa_kernels.interpreting():
         pytest.skip("steps are counted in Triton's interpreter")
-    pivot, steps = feedback._pivot, []
+    pivot, steps = select._pivot, []
 
     def counting(low, high, excess, lack, step):
         if int(step) == 0:
@@ -186,7 +186,7 @@ def search_steps(monkeypatch):
         steps[-1] += 1
         return pivot(low, high, excess, lack, step)
 
-    monkeypatch.setattr(feedback, "_pivot", counting)
+    monkeypatch.setattr(select, "_pivot", counting)
     return steps
 
 
@@ -201,14 +201,14 @@ def test_the_search_takes_few_steps(search_steps):
 
 def kept_of_a_row(similarities, share):
     """What the search keeps of a row of similarities, in their order."""
-    from fsa_kernels import feedback
+    from fsa_kernels import select
 
     N = len(similarities)
     padded = -(-N // 64) * 64
     row = torch.full((1, 1, padded), -1.0)
     row[0, 0, :N] = similarities
     out, h = torch.empty(1, 1, padded), torch.zeros(1, N)
-    feedback._select_kernel[(1,)](
+    select._select_kernel[(1,)](
         *(row, h, out, N, 0, 1, padded, padded, 0.0, share, 0.0),
         PRUNING=0,
         SCALING=False,
@@ -501,7 +501,7 @@ def test_every_host_runs_by_the_kernels(name, iterations):
 COMPILED = """
 import sys
 from bench.resources import measure, variants
-wanted = ("isolate C<=64 float16", "isolate C<=128 float16", "similarity N>1024 exact",
+wanted = ("isolate C<=64 float16", "isolate C<=256 float16", "similarity N>1024 exact",
           "select N<=2048",
           "predict float16", "select, longer rows", "gather heads float16",
           "proxy normalise float16", "proxy affinity 128 rows float16",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import open_clip
 import pytest
@@ -296,3 +297,20 @@ def test_a_checkpoint_by_a_name_of_open_clip(name, monkeypatch, tmp_path):
         expected = model.encode_image(images)
     tower = tower_of(loaded.model.visual)
     assert relative_error(pooled(tower, loaded.model.visual, images), expected) < CLOSE
+
+
+@pytest.mark.parametrize("name", ["pe", "eva02"])
+def test_a_function_as_the_host_gets_rotated_queries_and_keys(name):
+    seen = []
+
+    def diagonal(block):
+        seen.append(block)
+        N = math.prod(block.grid)
+        return torch.eye(N).expand(len(block.images), N, N)
+
+    model, images = random_timm_model(name), pictures(name, 3, 5)
+    hosts.build(diagonal, model).features(images, queries(name))
+    tower = TimmTower(model)
+    projected = tower.project(tower.trunk(images), "qk", (3, 5))
+    assert torch.equal(seen[0].query, projected["q"])
+    assert torch.equal(seen[0].key, projected["k"])

@@ -15,6 +15,7 @@ import torch
 from bench import guards, quality, quality_tables
 from fsa import load_segmentor
 from fsa.evaluation import metrics
+from fsa.hosts import LastBlock
 from fsa.models import text
 from fsa.segment.inspection import attention_matrix, attentions
 from fsa.tiny.compose import GUARD
@@ -107,7 +108,8 @@ def test_the_attention_that_is_shown_is_the_one_that_is_applied(segmentor, evalu
     module = evaluator.hosts[host]
     vfm_features = evaluator.vfm(crops) if module.needs_vfm else None
     config = segmentor.with_host(host).config
-    attention = module.attention(module.tower.trunk(crops), crops, vfm_features, config)
+    block = LastBlock(module.tower, crops, module.tower.trunk(crops), vfm_features)
+    attention = module.attention(block, config)
     matrix = attention_matrix(attention)
     # Values that are the same in every head see the mean over the heads.
     value = attention.value.mean(dim=1, keepdim=True).expand_as(attention.value)

@@ -1,6 +1,10 @@
 """Whether the compiled kernels reach memory beyond 2^31 entries.
 
-    python -m tests.support.offsets
+<<<<<<<< HEAD:tests/support/offsets.py
+    python -m tests.kernels.offsets
+========
+    python -m tests.kernels.offsets
+>>>>>>>> kernels:tests/kernels/offsets.py
 
 compiles each kernel once, prints what in its offsets is a 32-bit product with an argument (a
 stride, a padded size), and exits with 1 where there is one. Triton passes an

@@ -1,6 +1,6 @@
 """Feedback for a method of your own: a function that returns the attention between patches.
 
-    python examples/read_out.py [PICTURE] [--out FOLDER]
+    python examples/attention_function.py [PICTURE] [--out FOLDER]
 
 The function below takes CorrCLIP's idea: a patch attends to patches of its own region only, by
 how similar their values are. CorrCLIP has SAM's masks for regions; here they are patches of
@@ -41,8 +41,8 @@ def main() -> None:
     parser.add_argument("--out", default="fsa-out")
     options = parser.parse_args()
 
-    mine = fsa.load_segmentor(host=within_regions, feedback=False)
-    for name, segmentor in (("alone", mine), ("feedback", mine.with_feedback(True))):
+    baseline = fsa.load_segmentor(host=within_regions, feedback=False)
+    for name, segmentor in (("baseline", baseline), ("feedback", baseline.with_feedback(True))):
         result = segmentor.segment(options.picture, scene.classes)
         result.save(f"{options.out}/{name}")
         print(name, ", ".join(f"{label} {share:.0%}" for label, share in result.areas().items()))
