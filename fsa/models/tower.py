@@ -224,24 +224,24 @@ def resized_positions(
     grid: tuple[int, int],
     prefix_tokens: int,
     *,
+    mode: str = "bicubic",
     antialias: bool = False,
 ) -> Tensor:
-    """Positional embeddings of another grid than the trained one, bicubic; those before it stay.
+    """Positional embeddings of another grid than the trained one; those before it stay.
 
     Args:
         positions: (prefix_tokens + trained patches, D).
         trained_grid, grid: rows and columns.
         prefix_tokens: how many rows of `positions` belong to no patch.
+        mode: of the resizing, "bicubic" or "bilinear".
         antialias: whether shrinking smooths; the papers' code does not, timm's models do.
     """
     # A compiler would make a graph of its own for the trained grid; there resizing is the identity.
     if not torch.compiler.is_compiling() and grid == trained_grid:
         return positions
     of_patches = positions[prefix_tokens:].unflatten(0, trained_grid).permute(2, 0, 1)[None]
-    # In float32: half-precision bicubic resizing is not there on every device.
-    resized = functional.interpolate(
-        of_patches.float(), size=grid, mode="bicubic", antialias=antialias
-    )
+    # In float32: resizing in half precision is not there on every device.
+    resized = functional.interpolate(of_patches.float(), size=grid, mode=mode, antialias=antialias)
     of_patches = resized[0].flatten(1).T.to(positions.dtype)
     return torch.cat([positions[:prefix_tokens], of_patches])
 
