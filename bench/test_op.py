@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.contenders import DoesNotFit, synchronise
-from bench.rows import OpRow
+from bench.rows.contenders import DoesNotFit, synchronise
+from bench.rows.op import OpRow
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.float16 if DEVICE.type == "cuda" else torch.float32

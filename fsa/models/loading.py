@@ -41,7 +41,7 @@ class LoadedModel:
 
     Attributes:
         model: open_clip's, in evaluation mode, without gradients; or one of transformers, see
-            `fsa.transformers_models`.
+            `fsa.models.transformers`.
         tokenizer: list of texts -> (T,L) int64.
         name: open_clip's name, or "tiny".
         pretrained: the tag or the file that the weights come from.

@@ -15,30 +15,17 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch.nn import functional
 
-from bench import (
-    algebra,
-    contenders,
-    marks,
-    memory,
-    numerics,
-    paper,
-    plots,
-    published,
-    registry,
-    results_data,
-    rows,
-    runner,
-    tables,
-    timing,
-    worker,
-)
 from bench.__main__ import COMMANDS
-from bench.contenders import DoesNotFit, Row
-from bench.model_rows import HostRow, PictureRow
-from bench.published_hosts import PublishedHost
-from bench.resources import hot_loop
-from bench.rows import OpRow
-from bench.worker import DeviceLost, Job, Worker, measure
+from bench.measure import memory, numerics, runner, timing
+from bench.measure.worker import DeviceLost, Worker, measure
+from bench.report import marks, paper, plots, results_data, tables
+from bench.rows import algebra, contenders, published, registry
+from bench.rows import op as rows
+from bench.rows.contenders import DoesNotFit, Job, Row
+from bench.rows.hosts import HostRow
+from bench.rows.op import OpRow
+from bench.rows.pictures import PictureRow
+from bench.rows.published_hosts import PublishedHost
 from fsa import FSAConfig, hosts, reference
 from tests.support.accuracy import (
     MODEL_VECTORS,
@@ -587,7 +574,7 @@ def test_the_whole_run_on_a_gpu_from_rows_to_plots(
 ):
     monkeypatch.setattr(runner, "Worker", HereAndNow)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    jobs = [*registry.MARKS_GPU, Job(OpRow("op", 8, 441, 21), worker.MEASURES)]
+    jobs = [*registry.MARKS_GPU, Job(OpRow("op", 8, 441, 21), contenders.MEASURES)]
     record = runner.run(
         jobs, tmp_path / "gpu.json", device=pretended_gpu, dtype=FLOAT, budget=600, commit="abc"
     )
@@ -599,7 +586,7 @@ def test_the_whole_run_on_a_gpu_from_rows_to_plots(
         wanted |= {"graph", "launches"} if job.row.graphs else set()
         for name, entry in row["contenders"].items():
             assert wanted <= set(entry), (row["name"], name, entry)
-    of_steps = record["rows"][jobs.index(Job(jobs[7].row, worker.MEASURES))]["contenders"]
+    of_steps = record["rows"][jobs.index(Job(jobs[7].row, contenders.MEASURES))]["contenders"]
     assert {*tables._ORDER, *tables._WAYS} == set(of_steps)
 
     record = results_data.load("gpu", tmp_path)
@@ -773,25 +760,3 @@ def test_the_plot_is_drawn_with_and_without_results(tmp_path):
         file = tmp_path / f"{number}.png"
         plots.draw(None, record, file)
         assert file.read_bytes().startswith(b"\x89PNG")
-
-
-# --------------------------------------------------------------------------------------------------
-# Machine code
-
-
-def test_the_hot_loop_is_the_innermost_with_tensor_cores():
-    lines = [
-        "/*0000*/ LDG.E R1, [R2] ; /* 0x0 */",
-        "/*0010*/ HMMA.16816.F32 R4, R8, R12, R4 ; /* 0x0 */",
-        "/*0020*/ LDS R8, [R2] ; /* 0x0 */",
-        "/*0030*/ @P0 BRA 0x10 ; /* 0x0 */",
-        "/*0040*/ FADD R1, R2, R3 ; /* 0x0 */",
-        "/*0050*/ FADD R1, R2, R3 ; /* 0x0 */",
-        "/*0060*/ FADD R1, R2, R3 ; /* 0x0 */",
-        "/*0070*/ @!P1 BRA 0x40 ; /* 0x0 */",
-        "/*0080*/ @P2 BRA 0x0 ; /* 0x0 */",
-        "/*0090*/ BRA 0x90; /* 0x0 */",
-    ]
-    found = hot_loop("\n".join(f"        {line}" for line in lines))
-    assert found == {"MMA": 1, "LDS": 1, "all": 3}
-    assert hot_loop("\n".join(lines[4:7])) == {"all": 3}

@@ -10,8 +10,9 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch.nn import functional
 
-from bench import launches, results_data
-from bench.model_rows import clip_segmentor
+from bench.measure import launches
+from bench.report import results_data
+from bench.rows.pictures import clip_segmentor
 from fsa import hosts
 from fsa.models.guides import load_vfm
 from fsa.models.tower import Tower

@@ -40,12 +40,12 @@ def test_example_plug_in(run):
     printed = run("plug_in")
     assert "feedback changed the patch features by" in printed
     assert "by 0%" not in printed
-    assert "what it was: True" in printed
+    assert "what it did before: True" in printed
 
 
 def check_two_runs(printed, out):
     """What a run without and a run with feedback printed and wrote."""
-    assert [line.split()[0] for line in printed.splitlines()] == ["baseline", "feedback"]
+    assert [line.split()[0] for line in printed.splitlines()] == ["baseline:", "feedback:"]
     baseline, feedback = (labels(out / part, "scene-5") for part in ("baseline", "feedback"))
     assert baseline.shape == feedback.shape
     assert 0 < (baseline != feedback).mean() < 0.5

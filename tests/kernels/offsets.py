@@ -6,36 +6,31 @@
     python -m tests.kernels.offsets
 >>>>>>>> kernels:tests/kernels/offsets.py
 
-compiles each kernel once, prints what in its offsets is a 32-bit product with an argument (a
-stride, a padded size), and exits with 1 where there is one. Triton passes an
-integer below 2^31 in 32 bits, so the product of a stride and an index may wrap around. Not for a
-process in which Triton interprets its kernels.
+compiles each kernel as real calls do, prints what in its offsets is a 32-bit product with an
+argument (a stride, a padded size), and exits with 1 where there is one. Triton passes an integer
+below 2^31 in 32 bits, so the product of a stride and an index may wrap around. Not for a process in
+which Triton interprets its kernels.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from importlib import metadata
 
-_OLDEST_TRITON = (3, 3)
+from bench.measure import driver
+
 _SPREADING = ("tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape")
 _FOLLOWED = (*_SPREADING, "arith.extsi", "arith.addi", "arith.muli")
-_FLOATS = ("beta", "share", "limit", "shift", "gain", "scale", "uniform_scale")
 
 
 def compiles_ahead_of_time() -> bool:
-    """Whether Triton is there and compiles for chips that are not, as it is asked to here."""
-    try:
-        release = metadata.version("triton").split(".")[:2]
-    except metadata.PackageNotFoundError:
-        return False
-    return tuple(map(int, release)) >= _OLDEST_TRITON
+    """Whether Triton compiles for chips that are not there, as it is asked to here."""
+    return driver.obstacle() is None
 
 
 def narrow_products(ir: str) -> set[str]:
     """The lines of a Triton IR in which an argument is multiplied in 32 bits, for an offset."""
-    arguments = set(re.findall(r"%\w+", ir[ir.index("tt.func") :].split("{")[0]))
+    arguments = set(re.findall(r"(%\w+):", ir[ir.index("tt.func") :].splitlines()[0]))
     made: dict[str, tuple[str, list[str], str]] = {}
     for line in ir.splitlines():
         match = re.match(r"\s*(%\w+) = ([\w.]+) (.*)", line)
@@ -66,25 +61,16 @@ def narrow_products(ir: str) -> set[str]:
 
 
 def main() -> int:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from bench.measure import calls
 
-    from bench.resources import variants
-
-    found: dict[str, set[str]] = {}
-    for variant in variants():
-        names, kernel = variant.kernel.arg_names, variant.kernel.__name__
-        if kernel in found:
-            continue
-        signature = {name: variant.pointers.get(name, "i32") for name in names}
-        signature |= {name: "fp32" for name in names if name in _FLOATS}
-        signature |= dict.fromkeys(variant.constants, "constexpr")
-        constants = {(names.index(name),): value for name, value in variant.constants.items()}
-        source = ASTSource(variant.kernel, signature=signature, constexprs=constants)
-        target = GPUTarget("cuda", 90, 32)
-        compiled = triton.compile(source, target=target, options={"num_warps": variant.num_warps})
-        found[kernel] = narrow_products(compiled.asm["ttir"])
+    on = driver.install(90)
+    if failed := driver.failures(calls.quick(), on):
+        print(failed)
+        return 1
+    found = {
+        kernel: set().union(*map(narrow_products, codes))
+        for kernel, codes in driver.intermediate().items()
+    }
     for kernel, lines in found.items():
         if lines:
             print(kernel, *sorted(lines), sep="\n    ")

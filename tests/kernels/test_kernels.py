@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +11,6 @@ import fsa
 import fsa_kernels
 from fsa import FSAConfig, hosts, reference
 from fsa.ops import torch_backend
-from tests.kernels.offsets import compiles_ahead_of_time
 from tests.support.accuracy import (
     OP_VECTORS,
     RELATIVE_ERROR,
@@ -495,40 +490,3 @@ def test_every_host_runs_by_the_kernels(name, iterations):
         for backend in ("triton", "torch")
     )
     assert relative_error(by_kernels, by_torch) < 5e-5
-
-
-# A sample of the launch table keeps this short; `python -m bench resources` compiles all of it.
-COMPILED = """
-import sys
-from bench.resources import measure, variants
-wanted = ("isolate C<=64 float16", "isolate C<=256 float16", "similarity N>1024 exact",
-          "select N<=2048",
-          "predict float16", "select, longer rows", "gather heads float16",
-          "proxy normalise float16", "proxy affinity 128 rows float16",
-          "proxy apply 128 rows float16", "proxy gather 128 rows float16")
-chosen = [v for v in variants() if v.name in wanted]
-assert len(chosen) == len(wanted), [v.name for v in chosen]
-for variant in chosen:
-    taken = measure(variant, int(sys.argv[1]))
-    print(variant.name, taken.registers, taken.spilled, taken.shared, taken.tensor_cores)
-    assert taken.fits, (variant.name, taken.spilled, taken.shared)
-    if variant.name.startswith(("similarity", "predict")) or "rows float16" in variant.name:
-        assert "MMA" in taken.tensor_cores, variant.name
-"""
-
-
-@pytest.mark.skipif(
-    not compiles_ahead_of_time(), reason="compiling for a chip that is not there needs triton 3.3"
-)
-@pytest.mark.parametrize("chip", [80, 90, 100])
-def test_kernels_compile_for_real_chips_without_spilling(chip):
-    # Not in this process: under the interpreter there is nothing to compile.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILED, str(chip)],
-        env=environment,
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
