@@ -12,7 +12,7 @@ from fsa import ops
 from fsa.config import FSAConfig
 from fsa.errors import InputError
 from fsa.hosts.block import LastAttention, LastBlock
-from fsa.models.tower import Tower
+from fsa.models.timm_tower import tower_of
 from fsa.ops.checks import autocast_off
 
 
@@ -86,7 +86,7 @@ class Host(nn.Module, ABC):
         super().__init__()
         if backend not in ops.BACKENDS:
             raise InputError(f"backend={backend!r} is not known: it must be one of {ops.BACKENDS}")
-        self.tower = visual if isinstance(visual, Tower) else Tower(visual)
+        self.tower = tower_of(visual)
         self.residual = self.published_residual if residual is None else residual
         self.backend = backend
 

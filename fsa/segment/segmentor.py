@@ -364,7 +364,9 @@ class Segmentor:
                 self, working, queries.features, patch, sizes, max_patches=max_patches
             )
 
-    def explore(self, image: Any, classes: Classes, out: str | os.PathLike[str], **options) -> None:
+    def explore(
+        self, image: Any, classes: Classes, out: str | os.PathLike[str], **options: Any
+    ) -> None:
         """Writes one HTML page to look into feedback; see `fsa.showcase.explorer.explore`."""
         # The page is made of segmentations, so its module is imported only where one is asked for.
         from fsa.showcase.explorer import explore
