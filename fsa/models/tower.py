@@ -244,13 +244,16 @@ def resized_positions(
         mode: of the resizing, "bicubic" or "bilinear".
         antialias: whether shrinking smooths; the papers' code does not, timm's models do.
     """
-    if torch.compiler.is_compiling() and mode == "bicubic" and not antialias:
-        # A graph for every grid, the trained one too. `interpolate` would make constants of sizes.
-        of_patches = _traced_resize(positions[prefix_tokens:], trained_grid, grid, offset)
-    elif grid == trained_grid:
+    # A compiler would make a graph of its own for the trained grid; there resizing is the identity.
+    compiling = torch.compiler.is_compiling()
+    if not compiling and grid == trained_grid:
         return positions
+    of_patches = positions[prefix_tokens:]
+    if compiling and offset:
+        # `interpolate` would make a constant of the scale, and so a graph for every grid.
+        of_patches = _traced_resize(of_patches, trained_grid, grid, offset)
     else:
-        of_patches = _resize(positions[prefix_tokens:], trained_grid, grid, offset, mode, antialias)
+        of_patches = _resize(of_patches, trained_grid, grid, offset, mode, antialias)
     return torch.cat([positions[:prefix_tokens], of_patches.to(positions.dtype)])
 
 
