@@ -285,13 +285,10 @@ def _traced_resize(
     trained = (rows == trained_grid[0]) & (columns == trained_grid[1])
     # Distances in units of the offset, in which all are whole numbers and exact. On the trained
     # grid there is no offset: each patch keeps its own place, and its embedding exactly.
-    unit, one = (1 / offset, 1.0) if offset else (1.0, 0.0)
-    added = torch.where(trained, 0.0, one)
-    of_rows = _bicubic_weights(
-        grid[0], trained_grid[0], trained_grid[0] * unit / (rows * unit + added)
-    )
-    of_columns = _bicubic_weights(
-        grid[1], trained_grid[1], trained_grid[1] * unit / (columns * unit + added)
+    unit, added = 1 / offset, torch.where(trained, 0.0, 1.0)
+    of_rows, of_columns = (
+        _bicubic_weights(length, old, old * unit / (side * unit + added))
+        for length, old, side in zip(grid, trained_grid, (rows, columns), strict=True)
     )
     maps = positions.float().unflatten(0, trained_grid)
     maps = torch.einsum("rh,hwd->rwd", of_rows, maps)
