@@ -244,13 +244,16 @@ def resized_positions(
         mode: of the resizing, "bicubic" or "bilinear".
         antialias: whether shrinking smooths; the papers' code does not, timm's models do.
     """
-    if torch.compiler.is_compiling() and mode == "bicubic" and not antialias:
-        # A graph for every grid, the trained one too. `interpolate` would make constants of sizes.
-        of_patches = _traced_resize(positions[prefix_tokens:], trained_grid, grid, offset)
-    elif grid == trained_grid:
+    # A compiler would make a graph of its own for the trained grid; there resizing is the identity.
+    compiling = torch.compiler.is_compiling()
+    if not compiling and grid == trained_grid:
         return positions
+    of_patches = positions[prefix_tokens:]
+    if compiling and offset:
+        # `interpolate` would make a constant of the scale, and so a graph for every grid.
+        of_patches = _traced_resize(of_patches, trained_grid, grid, offset)
     else:
-        of_patches = _resize(positions[prefix_tokens:], trained_grid, grid, offset, mode, antialias)
+        of_patches = _resize(of_patches, trained_grid, grid, offset, mode, antialias)
     return torch.cat([positions[:prefix_tokens], of_patches.to(positions.dtype)])
 
 
@@ -282,13 +285,10 @@ def _traced_resize(
     trained = (rows == trained_grid[0]) & (columns == trained_grid[1])
     # Distances in units of the offset, in which all are whole numbers and exact. On the trained
     # grid there is no offset: each patch keeps its own place, and its embedding exactly.
-    unit, one = (1 / offset, 1.0) if offset else (1.0, 0.0)
-    added = torch.where(trained, 0.0, one)
-    of_rows = _bicubic_weights(
-        grid[0], trained_grid[0], trained_grid[0] * unit / (rows * unit + added)
-    )
-    of_columns = _bicubic_weights(
-        grid[1], trained_grid[1], trained_grid[1] * unit / (columns * unit + added)
+    unit, added = 1 / offset, torch.where(trained, 0.0, 1.0)
+    of_rows, of_columns = (
+        _bicubic_weights(length, old, old * unit / (side * unit + added))
+        for length, old, side in zip(grid, trained_grid, (rows, columns), strict=True)
     )
     maps = positions.float().unflatten(0, trained_grid)
     maps = torch.einsum("rh,hwd->rwd", of_rows, maps)
