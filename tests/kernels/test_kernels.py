@@ -73,6 +73,16 @@ def test_every_form_agrees_with_the_definition(config):
     assert relative_error(feedback, exact) < RELATIVE_ERROR[torch.float32]
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0, 3.0, 4.5, 5.7, 8.0])
+def test_the_error_grows_with_beta_no_faster_than_is_said(beta):
+    # Predictions so alike that most similarities lie near 1, where the scaling is steepest.
+    logits, uniform = (0.15 * tensor.float() for tensor in segment_logits(40, 21))
+    config = FSAConfig(beta=beta)
+    exact = reference.feedback_attention(logits.double(), uniform.double(), config)
+    allowed = 2e-6 + 2e-7 * math.exp(beta) * (1 + beta)
+    assert relative_error(attention_of(logits, uniform, config), exact) < allowed
+
+
 @pytest.mark.parametrize("config", FORMS, ids=form_id)
 def test_ties_are_kept_lowest_index_first(config):
     generator = torch.Generator().manual_seed(1)
