@@ -129,10 +129,13 @@ def isolate(C: int) -> Launch:
 
 @lru_cache(maxsize=256)
 def predict(C: int, uniform_row: bool) -> Launch:
-    """Features and texts -> the same; one row of the tile may be the image's uniform row."""
+    """Features and texts -> the same; one row of the tile may be the image's uniform row.
+
+    Steps of 64 features take a tenth fewer instructions and spill 16 bytes in places (Triton 3.6).
+    """
     classes = _classes(C)
     rows = {"ROWS": 32, "PATCHES": 32 - _SAMPLES - uniform_row, "SAMPLES": _SAMPLES}
-    product = {"BLOCK_C": 64, "BLOCK_E": 64}
+    product = {"BLOCK_C": 64, "BLOCK_E": 32}
     constants = {**rows, **product, "WHOLE": classes["WHOLE"], "CHUNK_C": classes["BLOCK_C"]}
     return Launch(constants, num_warps=8, num_stages=3)
 
