@@ -17,7 +17,7 @@ from fsa.errors import InputError, named_out_of_memory
 from fsa.evaluation import fingerprint, locking, processes, state
 from fsa.evaluation.batching import merged_cosines, whole_cosines
 from fsa.evaluation.datasets import Dataset
-from fsa.evaluation.loading import Loaded, loader
+from fsa.evaluation.loading import Loaded, Normalisation, loader
 from fsa.evaluation.metrics import ConfusionMatrix
 from fsa.evaluation.protocol import Preset, Protocol
 from fsa.evaluation.refinement import pixel_adaptive_refinement
@@ -112,6 +112,8 @@ class _Run:
         quiet: bool,
     ) -> None:
         self.segmentor = segmentor
+        loaded = segmentor.loaded
+        self.normalise = Normalisation(loaded.mean, loaded.std, loaded.device)
         self.dataset = dataset
         self.preset = preset
         self.protocol = protocol
@@ -242,8 +244,7 @@ class _Run:
                     bar.update()
                     continue
                 masks[item.index] = item.mask.to(device, non_blocking=True)
-                image = item.image.to(device, non_blocking=True)
-                image = self.segmentor.normalise(image.float() / 255)
+                image = self.normalise(item.image.to(device, non_blocking=True))
                 if self.preset.pamr_steps:
                     colours[item.index] = image
                 yield item.index, image

@@ -267,13 +267,15 @@ def _resize(
 ) -> Tensor:
     """(trained patches, D) -> (patches, D) in float32."""
     maps = positions.unflatten(0, trained_grid).permute(2, 0, 1)[None]
-    if offset:
-        factors = [(new + offset) / old for new, old in zip(grid, trained_grid, strict=True)]
-        sizes = {"scale_factor": tuple(factors)}
-    else:
-        sizes = {"size": grid}
+    factors = tuple((new + offset) / old for new, old in zip(grid, trained_grid, strict=True))
     # In float32: half-precision bicubic resizing is not there on every device.
-    resized = functional.interpolate(maps.float(), mode=mode, antialias=antialias, **sizes)
+    resized = functional.interpolate(
+        maps.float(),
+        size=None if offset else grid,
+        scale_factor=factors if offset else None,
+        mode=mode,
+        antialias=antialias,
+    )
     return resized[0].flatten(1).T
 
 
