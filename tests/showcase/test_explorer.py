@@ -41,6 +41,13 @@ def data(segmentor):
 
 
 @pytest.fixture(scope="module")
+def large_page(segmentor, tmp_path_factory):
+    file = tmp_path_factory.mktemp("large") / "explore.html"
+    sizes = {"window": 336, "stride": 336, "short_side": 336}
+    return segmentor.explore(SCENE.picture, SCENE.classes, file, **sizes)
+
+
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     program = find_browser()
     if program is None:
@@ -91,13 +98,11 @@ def test_the_command_writes_a_page(run, tmp_path):
     assert data["patch"] == 0
 
 
-def test_a_page_of_441_patches_holds_all_it_needs_in_4_megabytes(segmentor, tmp_path):
-    file = tmp_path / "explore.html"
-    segmentor.explore(SCENE.picture, SCENE.classes, file, window=336, short_side=336)
-    text = file.read_text(encoding="utf-8")
+def test_a_page_of_441_patches_holds_all_it_needs_in_4_megabytes(large_page):
+    text = large_page.read_text(encoding="utf-8")
     data = embedded(text)
     assert data["grid"] == [21, 21]
-    assert file.stat().st_size < 4e6
+    assert large_page.stat().st_size < 4e6
     for elsewhere in ("http:", "https:", "url(", "@import", "<link", " src=", " href="):
         assert elsewhere not in text.lower()
     assert "default-src 'none'" in text
@@ -196,10 +201,24 @@ def rows_of(browser, requests):
     )
 
 
+def show(browser, file, **options):
+    """Opens a page and waits until it has drawn the first patch."""
+    browser.open(file, **options)
+    browser.evaluate(
+        """new Promise((done) => {
+            const look = () => {
+                if (document.getElementById("text-adapted").textContent) done();
+                else setTimeout(look, 10);
+            };
+            look();
+        })"""
+    )
+
+
 def opened(browser, tmp_path, data, **options):
     file = tmp_path / "explore.html"
     file.write_text(page(data), encoding="utf-8")
-    browser.open(file, **options)
+    show(browser, file, **options)
     return file
 
 
@@ -243,6 +262,16 @@ def test_the_page_computes_feedback_by_its_definition(browser, segmentor, data, 
                         row, whole[patch], atol=1e-4, err_msg=f"{name} {patch} {change}"
                     )
     assert browser.complaints == []
+
+
+def test_the_page_computes_a_window_of_441_patches(browser, large_page):
+    show(browser, large_page)
+    patches = (0, 200, 440)
+    answers = rows_of(browser, [(patch, {}) for patch in patches])
+    logits = logits_of(embedded(large_page.read_text(encoding="utf-8")))
+    expected = reference.feedback_attention(*logits)[0]
+    for patch, (row, _, _) in zip(patches, answers, strict=True):
+        np.testing.assert_allclose(row, expected[patch], atol=1e-6)
 
 
 @pytest.mark.parametrize("adaptations", [("after",), ("before",), ("only", "before")])
@@ -364,9 +393,9 @@ def test_the_keyboard_moves_the_patch_and_reaches_every_control(browser, data, t
     assert style == "solid"
 
 
-def middle_of(browser, name, row, column):
-    """Where a patch of the 6 x 6 of a map lies in the viewport."""
-    left, top, width, height = browser.evaluate(
+def frame_of(browser, name):
+    """Left, top, width and height of a canvas in the viewport."""
+    return browser.evaluate(
         f"""(() => {{
             const canvas = document.getElementById({name!r});
             canvas.scrollIntoView({{ block: "center" }});
@@ -374,6 +403,11 @@ def middle_of(browser, name, row, column):
             return [frame.left, frame.top, frame.width, frame.height];
         }})()"""
     )
+
+
+def middle_of(browser, name, row, column):
+    """Where a patch of the 6 x 6 of a map lies in the viewport."""
+    left, top, width, height = frame_of(browser, name)
     return left + (column + 0.5) * width / 6, top + (row + 0.5) * height / 6
 
 
@@ -388,6 +422,48 @@ def test_the_mouse_looks_at_a_patch_and_a_click_stays_there(browser, data, tmp_p
         browser.mouse(kind, *at)
     browser.mouse("mouseMoved", 2, 2)
     assert settled(browser).startswith("Row 1, column 4 of the window:")
+    assert browser.complaints == []
+
+
+def test_the_picture_tells_its_labels_and_chooses_patches(browser, segmentor, data, tmp_path):
+    opened(browser, tmp_path, data)
+    left, top, width, height = frame_of(browser, "picture")
+    window, size = data["window"], data["size"]
+
+    def point_at(row, column):
+        """The middle of a patch of the window."""
+        y = (window["top"] + (row + 0.5) * window["height"] / 6) / size[0]
+        x = (window["left"] + (column + 0.5) * window["width"] / 6) / size[1]
+        return x, y, (left + x * width, top + y * height)
+
+    without, with_feedback = (
+        segmentor.with_feedback(config).segment(SCENE.picture, SCENE.classes, **SMALL).labels
+        for config in (False, True)
+    )
+    said = set()
+    for row, column in product(range(1, 5), (0, 1, 4, 5)):
+        x, y, at = point_at(row, column)
+        browser.mouse("mouseMoved", *at)
+        place = int(y * len(without)), int(x * len(without[0]))
+        before, after = (SCENE.classes[labels[place]] for labels in (without, with_feedback))
+        text = text_of(browser, "pixel")
+        assert before in text, (row, column)
+        assert after in text, (row, column)
+        said.add(text)
+    assert len(said) > 2
+    # In the middle of a patch a click chooses it; on the divider it is taken along.
+    for kind in ("mousePressed", "mouseReleased"):
+        browser.mouse(kind, *point_at(4, 1)[2])
+    assert settled(browser).startswith("Row 4, column 1 of the window:")
+    at = left + width / 2, top + height / 2
+    for kind, right in (
+        ("mousePressed", 0),
+        ("mouseMoved", width / 4),
+        ("mouseReleased", width / 4),
+    ):
+        browser.mouse(kind, at[0] + right, at[1])
+    assert abs(float(browser.evaluate("document.getElementById('divider').value")) - 75) <= 1
+    assert settled(browser).startswith("Row 4, column 1 of the window:")
     assert browser.complaints == []
 
 
@@ -439,3 +515,14 @@ def test_settings_beyond_the_sliders_are_kept_as_they_were_computed(browser, dat
     assert browser.evaluate("settings.confidence") == 0.4275
     assert browser.evaluate("document.querySelector('[name=beta-value]').textContent") == "40.25"
     assert browser.evaluate("document.getElementById('reset').disabled")
+
+
+@pytest.mark.parametrize("size", [(3000, 2), (1, 1), (2, 90)])
+def test_pictures_of_any_shape_make_a_page(segmentor, tmp_path, browser, size):
+    picture = tmp_path / "thin.png"
+    Image.new("RGB", size, "green").save(picture)
+    sizes = {"short_side": 16, "window": 64, "stride": 64}
+    file = segmentor.explore(picture, ["cat", "dog"], tmp_path / "explore.html", **sizes)
+    show(browser, file)
+    assert browser.complaints == []
+    assert browser.evaluate("document.getElementById('picture').clientHeight") < 700

@@ -320,8 +320,8 @@ function writeNotes() {
       "control moves. The labels and the predictions with feedback stay as they were computed.",
     `The predictions are probabilities: without and with feedback those that decide the labels, ` +
       `at ${data.segmentationScale} times the cosine of patch and text; those that feedback ` +
-      `compares are taken at ${config.logit_scale} times the cosine, and isolation subtracts what ` +
-      `attention to all patches alike predicts, at ${config.uniform_logit_scale} times its cosine.`,
+      `compares are taken at ${config.logit_scale} times the cosine, and attention isolation ` +
+      `subtracts ${config.uniform_logit_scale} times the cosine that uniform attention gives.`,
     "The file holds A to within " +
       (data.exactAttention ? "0.01%" : "1%") +
       " of the largest entry of a row, and the cosines of patches and texts " +
@@ -808,7 +808,11 @@ function point(patch) {
 
 function changed() {
   showSettings();
-  history.replaceState(null, "", address());
+  try {
+    history.replaceState(null, "", address());
+  } catch {
+    // In a sandboxed frame the address stays as it is.
+  }
   schedule();
 }
 
@@ -830,12 +834,18 @@ function draw() {
   const best = drawBars(patch);
   const [row, column] = [Math.floor(patch / COLUMNS), patch % COLUMNS];
   const same = best.without === best.with;
-  const predicted = same ? `${best.with} before and after` : `${best.without} before, ${best.with} after`;
-  $("status").textContent =
-    `Row ${row}, column ${column} of the window: ${predicted}; ${found.count} of ${N} kept.`;
+  const predicted = same
+    ? `Predicted: ${best.with}, before and after feedback.`
+    : `Predicted: ${best.without} before feedback, ${best.with} after.`;
+  $("status").replaceChildren(
+    element("span", `Row ${row}, column ${column} of the window: ${found.count} of ${N} patches kept. `),
+    element("span", predicted),
+  );
 }
 
-/** Canvases as sharp as the screen. */
+const TALLEST = 1.6;
+
+/** Canvases as sharp as the screen, narrower where they would be very tall. */
 function fit() {
   const sizes = [
     [stage, data.picture.height / data.picture.width],
@@ -843,6 +853,7 @@ function fit() {
   ];
   for (const [canvas, shape] of sizes) {
     canvas.style.aspectRatio = `1 / ${shape}`;
+    canvas.style.width = `${Math.min(1, TALLEST / shape) * 100}%`;
     const width = Math.max(1, Math.round(canvas.clientWidth * devicePixelRatio));
     const height = Math.max(1, Math.round(width * shape));
     if (canvas.width !== width || canvas.height !== height) {
