@@ -355,7 +355,7 @@ def test_the_page_asks_for_nothing_and_complains_of_nothing(browser, data, tmp_p
     assert [url for url in browser.requests if not url.startswith("data:")] == [file.as_uri()]
     # The address holds the patch and the settings.
     assert text_of(browser, "text-kept") == f"{36 // 4} of 36"
-    assert text_of(browser, "status").startswith("Row 1, column 2 of the window:")
+    assert text_of(browser, "status").startswith("Row 1, column 2:")
 
 
 @pytest.mark.parametrize("fragment", ["#patch=99,99&beta=inf&pruning=all&similarity", "#%", "#a"])
@@ -363,7 +363,7 @@ def test_an_address_that_means_nothing_is_passed_over(browser, data, tmp_path, f
     opened(browser, tmp_path, data, fragment=fragment)
     assert browser.complaints == []
     assert browser.evaluate("settings.pruning") == "confidence"
-    assert text_of(browser, "status").startswith("Row 2, column 3 of the window:")
+    assert text_of(browser, "status").startswith("Row 2, column 3:")
 
 
 def test_the_keyboard_moves_the_patch_and_reaches_every_control(browser, data, tmp_path):
@@ -387,7 +387,7 @@ def test_the_keyboard_moves_the_patch_and_reaches_every_control(browser, data, t
         ("ArrowLeft", "Row 1, column 4"),
     ):
         browser.press(key)
-        assert settled(browser).startswith(f"{place} of the window:"), key
+        assert settled(browser).startswith(f"{place}:"), key
     assert browser.evaluate("location.hash") == "#patch=1,4"
     style = browser.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert style == "solid"
@@ -415,13 +415,13 @@ def test_the_mouse_looks_at_a_patch_and_a_click_stays_there(browser, data, tmp_p
     opened(browser, tmp_path, data)
     at = middle_of(browser, "map-feedback", 1, 4)
     browser.mouse("mouseMoved", *at)
-    assert settled(browser).startswith("Row 1, column 4 of the window:")
+    assert settled(browser).startswith("Row 1, column 4:")
     browser.mouse("mouseMoved", 2, 2)
-    assert settled(browser).startswith("Row 2, column 3 of the window:")
+    assert settled(browser).startswith("Row 2, column 3:")
     for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
         browser.mouse(kind, *at)
     browser.mouse("mouseMoved", 2, 2)
-    assert settled(browser).startswith("Row 1, column 4 of the window:")
+    assert settled(browser).startswith("Row 1, column 4:")
     assert browser.complaints == []
 
 
@@ -454,7 +454,7 @@ def test_the_picture_tells_its_labels_and_chooses_patches(browser, segmentor, da
     # In the middle of a patch a click chooses it; on the divider it is taken along.
     for kind in ("mousePressed", "mouseReleased"):
         browser.mouse(kind, *point_at(4, 1)[2])
-    assert settled(browser).startswith("Row 4, column 1 of the window:")
+    assert settled(browser).startswith("Row 4, column 1:")
     at = left + width / 2, top + height / 2
     for kind, right in (
         ("mousePressed", 0),
@@ -463,7 +463,7 @@ def test_the_picture_tells_its_labels_and_chooses_patches(browser, segmentor, da
     ):
         browser.mouse(kind, at[0] + right, at[1])
     assert abs(float(browser.evaluate("document.getElementById('divider').value")) - 75) <= 1
-    assert settled(browser).startswith("Row 4, column 1 of the window:")
+    assert settled(browser).startswith("Row 4, column 1:")
     assert browser.complaints == []
 
 
@@ -471,7 +471,7 @@ def test_a_finger_chooses_a_patch_on_a_page_no_wider_than_a_phone(browser, data,
     opened(browser, tmp_path, data, size=(390, 844), touch=True)
     assert browser.evaluate("document.documentElement.scrollWidth") == 390
     browser.tap(*middle_of(browser, "map-kept", 4, 0))
-    assert settled(browser).startswith("Row 4, column 0 of the window:")
+    assert settled(browser).startswith("Row 4, column 0:")
 
 
 def test_the_controls_answer_and_can_be_taken_back(browser, data, tmp_path):
