@@ -2,13 +2,16 @@
 
 python -m bench cpu         the rows for the CPU -> bench/results/cpu.json
 python -m bench gpu         the rows for a GPU, those that matter first, in under 8 minutes
-                            -> bench/results/gpu.json
+                            -> bench/results/gpu.json; --rehearse does a session without a GPU
 python -m bench memory      peak extra memory of the PyTorch path at the promised size
 python -m bench launches    what a forward launches, without and with feedback; needs no GPU
-python -m bench resources   what the kernels take of a chip, and their instructions; needs no GPU
+python -m bench overhead    what calls cost in Python before a GPU has anything to do; needs none
+python -m bench driver      real calls of every kernel over a CUDA driver that does nothing
+python -m bench resources   what the kernels take of a chip, from the code that real calls launch;
+                            needs no GPU -> bench/results/resources-triton-X.Y.txt
 python -m bench quality     the embedded model with every host, without and with feedback
                             -> bench/results/quality.json
-python -m bench guards      the margins of tests/test_quality.py from the present weights
+python -m bench guards      the margins of tests/bench/test_quality.py from the present weights
 python -m bench tables      README, results page, model card and plots from the results
 
 python -m bench COMMAND --help says more.
@@ -21,14 +24,16 @@ import sys
 
 # Each module's `main` is given the command line from the command's own name on.
 COMMANDS = {
-    "cpu": "bench.runner",
-    "gpu": "bench.runner",
-    "memory": "bench.memory",
-    "launches": "bench.launches",
-    "resources": "bench.resources",
-    "quality": "bench.quality",
-    "guards": "bench.guards",
-    "tables": "bench.tables",
+    "cpu": "bench.measure.runner",
+    "gpu": "bench.measure.runner",
+    "memory": "bench.measure.memory",
+    "launches": "bench.measure.launches",
+    "overhead": "bench.measure.overhead",
+    "driver": "bench.measure.driver",
+    "resources": "bench.measure.resources",
+    "quality": "bench.quality.run",
+    "guards": "bench.quality.guards",
+    "tables": "bench.report.tables",
 }
 
 

@@ -1,9 +1,9 @@
-"""ProxyCLIP guided by DINOv3, with feedback.
+"""Segments a picture with ProxyCLIP guided by DINOv3, with feedback.
 
     python examples/dinov3_proxy.py [PICTURE] [--weights FILE | --random] [--out FOLDER]
 
-DINOv3's weights come through timm, which asks for its licence to be accepted on their hub; or from
-a file of yours. With --random they are left untrained, to see that everything runs.
+DINOv3's weights come through timm's hub, where you have to accept their licence first, or from a
+file that you name. With --random the weights are random, which shows that everything runs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""NACLIP (key-key attention with a Gaussian neighbourhood), without and with feedback.
+"""Segments a picture with NACLIP, without and with feedback.
 
     python examples/naclip.py [PICTURE] [--out FOLDER]
 
-With a real CLIP: load_segmentor(host="naclip", model="ViT-B-16", pretrained="openai").
+NACLIP's attention is key-key attention with a Gaussian neighbourhood. For a real CLIP model, use
+fsa.load_segmentor(host="naclip", model="ViT-B-16", pretrained="openai").
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ def main() -> None:
     options = parser.parse_args()
 
     naclip = fsa.load_segmentor(host="naclip", feedback=False)
-    for name, segmentor in (("alone", naclip), ("feedback", naclip.with_feedback(True))):
+    for name, segmentor in (("baseline", naclip), ("feedback", naclip.with_feedback(True))):
         result = segmentor.segment(options.picture, scene.classes)
         result.save(f"{options.out}/{name}")
         shares = sorted(result.areas().items(), key=lambda item: -item[1])
-        print(name, ", ".join(f"{label} {share:.0%}" for label, share in shares))
+        print(f"{name}:", ", ".join(f"{label} {share:.0%}" for label, share in shares))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""FSA in published code, unedited: one line for a tower with a `custom_attn` of its own.
+"""Adds feedback to published code without editing it: one line for a tower with `custom_attn`.
 
     python examples/plug_in.py
 
-The tower below stands for the one of your repository. It is built as ClearCLIP's: open_clip's
-vision transformer, whose forward hands the last block's attention to `custom_attn`.
+The tower below stands for the one in your repository. It is built like ClearCLIP's: open_clip's
+vision transformer, whose forward calls `custom_attn` for the attention of the last block.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ClearCLIPTower(VisionTransformer):
 
 
 def main() -> None:
-    # Your code loads its own model; here the library's embedded one lends its weights.
+    # Your code loads its own model. Here the weights are those of the included model.
     loaded = load_model("tiny")
     visual = ClearCLIPTower(
         image_size=224, patch_size=16, width=192, layers=6, heads=3, mlp_ratio=4, output_dim=192
@@ -65,14 +65,15 @@ def main() -> None:
     text_features = TextEncoder(loaded).encode(scene.classes).features
     images = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
 
-    alone = visual(images)
+    baseline = visual(images)
     fsa.plug_in(visual, text_features, config=fsa.FSAConfig())
     with_feedback = visual(images)
     fsa.unplug(visual)
 
-    change = (with_feedback - alone).norm() / alone.norm()
+    change = (with_feedback - baseline).norm() / baseline.norm()
     print(f"feedback changed the patch features by {change:.0%} of their length")
-    print(f"unplugged, the tower is what it was: {torch.equal(visual(images), alone)}")
+    restored = torch.equal(visual(images), baseline)
+    print(f"after unplug, the tower computes what it did before: {restored}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A CLIP model of the transformers library behind a host, with feedback.
+"""Segments a picture with a CLIP model of the transformers library, with feedback.
 
     python examples/transformers_clip.py MODEL PICTURE CLASS [CLASS ...] [--host HOST]
 
-MODEL is a name on the hub, such as openai/clip-vit-base-patch16, or a folder that
-`save_pretrained` wrote.
+MODEL is a name on the hub, such as openai/clip-vit-base-patch16, or a folder that was written by
+`save_pretrained`.
 """
 
 from __future__ import annotations

@@ -14,9 +14,10 @@ Inputs are trusted here; `fsa.ops` checks them.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import TYPE_CHECKING, Any
+
+from fsa_kernels.runtime import available, interpreting
+from fsa_kernels.warmup import warmup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,20 +33,6 @@ __all__ = [
     "proxy_prepare",
     "warmup",
 ]
-
-
-# Looked for once: a compiler that traces `available` cannot follow the search.
-_INSTALLED = importlib.util.find_spec("triton") is not None
-
-
-def available() -> bool:
-    """Whether Triton is installed."""
-    return _INSTALLED
-
-
-def interpreting() -> bool:
-    """Whether Triton runs kernels in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def feedback_attention(*args: Any, **options: Any) -> Tensor:
@@ -88,10 +75,3 @@ def proxy_gather(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
     from fsa_kernels import proxy
 
     return proxy.gather(*args, **options)
-
-
-def warmup(*args: Any, **kwargs: Any) -> None:
-    """See `fsa_kernels.launch.warmup`."""
-    from fsa_kernels import launch
-
-    launch.warmup(*args, **kwargs)

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fsa_kernels import launch
+from fsa_kernels import launch, runtime
 
 
 @triton.jit
 def columns_width(D, AFTER: tl.constexpr, BEFORE: tl.constexpr, ONLY: tl.constexpr):
-    """How many columns A_f is multiplied with, in int64; see `launch.gathered`."""
+    """How many columns A_f is multiplied with, in int64; see `launch.gather_shapes`."""
     return tl.cast(D, tl.int64) * (2 if BEFORE and (AFTER or ONLY) else 1)
 
 
@@ -173,12 +173,14 @@ def gather(
     """
     B, H, L, d = value.shape
     N, D = attended.shape[2], H * d
-    shapes = launch.gathered(B, N, D, after=after, before=before, only=only)
+    shapes = launch.gather_shapes(B, N, D, after=after, before=before, only=only)
     gathered, columns = (value.new_empty(shape) for shape in shapes)
     plan = launch.gather()
     programs = plan.blocks(MEAN_COLUMNS=D) + plan.blocks(BLOCK_N=N, BLOCK_D=D)
-    with launch.on_device(value):
-        _gather_kernel[(programs, B)](
+    with runtime.on_device(value):
+        runtime.launch(
+            _gather_kernel,
+            (programs, B),
             value,
             attended,
             gathered,
@@ -187,9 +189,9 @@ def gather(
             L,
             D,
             d,
-            scale,
-            *value.stride(),
-            *attended.stride(),
+            float(scale),
+            *runtime.strides(value),
+            *runtime.strides(attended),
             AFTER=after,
             BEFORE=before,
             ONLY=only,

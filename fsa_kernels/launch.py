@@ -7,14 +7,12 @@ sm_100 (`python -m bench resources` prints the table).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-import fsa_kernels
+from fsa_kernels import runtime
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,12 @@ class Launch:
     num_stages: int = 1
 
     def arguments(self) -> dict[str, int]:
-        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        """Constants and options, as a kernel is called with.
+
+        Multiplications and additions are fused, said here because Triton's default changes.
+        """
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.constants, **options, "enable_fp_fusion": True}
 
     def blocks(self, **sizes: int) -> int:
         """How many blocks cover these sizes, such as BLOCK_N=N, together."""
@@ -74,11 +77,11 @@ def padded_weights(N: int) -> int:
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of those weights, for features and values in `dtype`."""
     # Triton's interpreter multiplies the bits of bfloat16 as integers.
-    interpreted = dtype == torch.bfloat16 and fsa_kernels.interpreting()
+    interpreted = dtype == torch.bfloat16 and runtime.interpreting()
     return torch.float32 if interpreted else dtype
 
 
-def gathered(
+def gather_shapes(
     B: int, N: int, D: int, *, after: bool, before: bool, only: bool
 ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     """Shapes of what `fsa_kernels.columns.gather` returns."""
@@ -102,31 +105,44 @@ def proxy_state(
     return ((B, N, round_up(F, feature_step(dtype))), unit_dtype), ((B,), torch.float32)
 
 
+# How many patches of an image the centre of the logarithms is the mean of: one would do, the other
+# is for where it is not finite.
+_SAMPLES = 2
+
+# The most classes that a tile of logits holds in registers at once.
+_CLASSES_IN_REGISTERS = 256
+
+
+def _classes(C: int) -> dict[str, int]:
+    """How a tile of logits runs over classes: all at once, or in chunks."""
+    block_c = max(CLASS_STEP, next_power_of_2(C))
+    return {"WHOLE": block_c <= _CLASSES_IN_REGISTERS, "BLOCK_C": min(block_c, 256)}
+
+
 @lru_cache(maxsize=256)
 def isolate(C: int) -> Launch:
-    """Logits -> probabilities, centred logarithms, their halves."""
-    block_c = min(128, max(CLASS_STEP, next_power_of_2(C)))
-    # 16 x 64 in four warps spills (measured: 8 bytes), in eight it takes 60 registers.
-    return Launch(
-        {"BLOCK_N": 16 if block_c < 128 else 8, "BLOCK_C": block_c},
-        num_warps=8 if block_c == 64 else 4,
-    )
+    """Logits -> probabilities, centred logarithms, their halves: 16 values a thread."""
+    classes = _classes(C)
+    rows = {"ROWS": 16, "PATCHES": 16 - _SAMPLES, "SAMPLES": _SAMPLES}
+    return Launch({**rows, **classes}, num_warps=classes["BLOCK_C"] // 32)
 
 
 @lru_cache(maxsize=256)
-def predict() -> Launch:
-    """Features and texts -> the same. Of 32 classes at once in four warps it spills (24 bytes)."""
-    return Launch({"BLOCK_N": 16, "BLOCK_C": 64, "BLOCK_E": 64}, num_warps=8, num_stages=3)
+def predict(C: int, uniform_row: bool) -> Launch:
+    """Features and texts -> the same; one row of the tile may be the image's uniform row."""
+    classes = _classes(C)
+    rows = {"ROWS": 32, "PATCHES": 32 - _SAMPLES - uniform_row, "SAMPLES": _SAMPLES}
+    product = {"BLOCK_C": 64, "BLOCK_E": 64}
+    constants = {**rows, **product, "WHOLE": classes["WHOLE"], "CHUNK_C": classes["BLOCK_C"]}
+    return Launch(constants, num_warps=8, num_stages=3)
 
 
 @lru_cache(maxsize=256)
 def similarity(N: int) -> Launch:
-    """The tensor-core product. Larger tiles read the operands less often, smaller ones are more."""
-    if N <= 512:
-        return Launch({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3)
-    if N <= 1024:
-        return Launch({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3)
-    return Launch({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=3)
+    """The tensor-core product. Three tiles of 64 x 128 share a multiprocessor, so that one's
+    epilogue runs beside another's product: at N=1764 all of them are one wave on 132."""
+    block_n = 64 if N <= 512 else 128
+    return Launch({"BLOCK_M": 64, "BLOCK_N": block_n}, num_warps=4, num_stages=3)
 
 
 @lru_cache(maxsize=256)
@@ -190,49 +206,3 @@ def apply_affinity(rows: int, D: int, dtype: torch.dtype, gather: bool) -> Launc
         "BLOCK_D": min(block_d, max(16, next_power_of_2(D))),
     }
     return Launch(blocks, num_warps=8 if block_m == 128 else 4, num_stages=3 if half else 2)
-
-
-def on_device(tensor: torch.Tensor) -> AbstractContextManager:
-    """Makes the tensor's GPU the current one; Triton launches on the current one."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
-
-
-def warmup(
-    device: torch.device | str = "cuda",
-    dtypes: Sequence[torch.dtype] = (torch.float16, torch.float32),
-    patches: Sequence[int] = (196, 441, 784, 1024, 1764, 4096),
-    classes: Sequence[int] = (21, 60, 171),
-    proxy_widths: Sequence[tuple[int, int]] = ((768, 768),),
-) -> None:
-    """Compiles the kernels for these sizes, so that no later call waits for the compiler.
-
-    Args:
-        device: a CUDA device.
-        dtypes: of logits, features and values.
-        patches: N; every size in the same bucket is covered.
-        classes: C, likewise.
-        proxy_widths: pairs (F, D) of features and values.
-    """
-    from fsa_kernels import proxy
-    from fsa_kernels.feedback import feedback_attention
-
-    options = {"beta": 3.0, "confidence": 0.45}
-    for dtype in dtypes:
-        for N in patches:
-            for C in classes:
-                logits = torch.zeros((1, N, C), dtype=dtype, device=device)
-                feedback_attention(logits, logits[:, :1], dtype=dtype, **options)
-                features = torch.ones((1, N, 64), dtype=dtype, device=device)
-                texts = torch.ones((C, 64), device=device)
-                for uniform in (features[:, :1], features):
-                    feedback_attention(features, uniform, texts, dtype=dtype, **options)
-            for F, D in proxy_widths:
-                features = torch.ones((1, N, F), dtype=dtype, device=device)
-                value = torch.ones((1, N, D), dtype=dtype, device=device)
-                state = proxy.prepare(features, shift=1.2, gain=3.0, stored=True)
-                proxy.apply(state, value, gain=3.0)
-                terms = dict.fromkeys(("after", "before", "only"), True)
-                _, columns = proxy.gather(state, value, gain=3.0, scale=1 / 3, **terms)
-                proxy.apply(state, columns[..., D:], gain=3.0, add=columns[..., :D])

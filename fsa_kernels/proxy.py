@@ -29,8 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-import fsa_kernels
-from fsa_kernels import launch
+from fsa_kernels import launch, runtime
 from fsa_kernels.columns import columns_width, write_columns
 from fsa_kernels.tiles import tile_at
 
@@ -257,11 +256,30 @@ def prepare(features: Tensor, *, shift: float, gain: float, stored: bool) -> Sta
     rows = launch.normalise(F)
     blocks = rows.blocks(BLOCK_N=N)
     sums = level.new_empty((B * blocks, padded_F))
-    with launch.on_device(features):
-        _normalise_kernel[(B * blocks,)](
-            features, unit, sums, N, F, *features.stride(), padded_F, **rows.arguments()
+    with runtime.on_device(features):
+        runtime.launch(
+            _normalise_kernel,
+            (B * blocks,),
+            features,
+            unit,
+            sums,
+            N,
+            F,
+            *runtime.strides(features),
+            padded_F,
+            **rows.arguments(),
         )
-        _level_kernel[(B,)](sums, level, N, blocks, shift, padded_F, **launch.level(F).arguments())
+        runtime.launch(
+            _level_kernel,
+            (B,),
+            sums,
+            level,
+            N,
+            blocks,
+            float(shift),
+            padded_F,
+            **launch.level(F).arguments(),
+        )
     if not stored:
         return unit, level
     return _weights(unit, level, 0, N + 1, gain, launch.weights_dtype(features.dtype))
@@ -269,7 +287,7 @@ def prepare(features: Tensor, *, shift: float, gain: float, stored: bool) -> Sta
 
 def apply(state: State, value: Tensor, *, gain: float, add: Tensor | None = None) -> Tensor:
     """The attention applied to values (B,N,D), plus a tensor of that shape; in their type."""
-    if fsa_kernels.interpreting() and value.dtype == torch.bfloat16:
+    if runtime.interpreting() and value.dtype == torch.bfloat16:
         # Triton's interpreter multiplies the bits of bfloat16 as integers.
         add = None if add is None else add.float()
         return apply(state, value.float(), gain=gain, add=add).to(value.dtype)
@@ -293,11 +311,11 @@ def gather(
     Returns:
         As `fsa_kernels.columns.gather`.
     """
-    if fsa_kernels.interpreting() and value.dtype == torch.bfloat16:
+    if runtime.interpreting() and value.dtype == torch.bfloat16:
         wide = gather(state, value.float(), gain=gain, scale=scale, **terms)
         return tuple(tensor.to(value.dtype) for tensor in wide)
     B, N, D = value.shape
-    gathered, columns = (value.new_empty(shape) for shape in launch.gathered(B, N, D, **terms))
+    gathered, columns = (value.new_empty(shape) for shape in launch.gather_shapes(B, N, D, **terms))
     for first, weights, masses in _blocks(state, value, gain):
         _apply(first, weights, masses, value, gathered, columns=columns, scale=scale, **terms)
     return gathered, columns
@@ -327,8 +345,10 @@ def _weights(
     tiles_n = padded_N // launch.WEIGHTS_TILE
     weights = torch.empty((B, rows, padded_N), dtype=dtype, device=unit.device)
     masses = torch.empty((B, tiles_n, rows), dtype=torch.float32, device=unit.device)
-    with launch.on_device(unit):
-        _affinity_kernel[(B * plan.blocks(BLOCK_M=rows, BLOCK_N=N),)](
+    with runtime.on_device(unit):
+        runtime.launch(
+            _affinity_kernel,
+            (B * plan.blocks(BLOCK_M=rows, BLOCK_N=N),),
             unit,
             level,
             weights,
@@ -336,7 +356,7 @@ def _weights(
             N,
             first_row,
             rows,
-            gain,
+            float(gain),
             padded_F,
             padded_N,
             DOT_PRECISION=_dot_precision(unit.dtype),
@@ -364,8 +384,10 @@ def _apply(
     rows = weights.shape[1]
     wanted = min(rows, out.shape[1] - first_row)
     plan = launch.apply_affinity(B * N, D, value.dtype, gather=columns is not None)
-    with launch.on_device(value):
-        _apply_kernel[(B * plan.blocks(BLOCK_M=wanted, BLOCK_D=D),)](
+    with runtime.on_device(value):
+        runtime.launch(
+            _apply_kernel,
+            (B * plan.blocks(BLOCK_M=wanted, BLOCK_D=D),),
             weights,
             masses,
             value,
@@ -377,9 +399,9 @@ def _apply(
             first_row,
             rows,
             wanted,
-            scale,
-            *value.stride(),
-            *(value if add is None else add).stride(),
+            float(scale),
+            *runtime.strides(value),
+            *runtime.strides(value if add is None else add),
             weights.stride(1),
             ADD=add is not None,
             GATHER=columns is not None,

@@ -26,6 +26,15 @@ settings.register_profile("explore", deadline=None, max_examples=500)
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(items):
+    """Tests marked `gpu` are skipped where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture
 def count_calls():
     """Of a list of modules, the numbers of those that are called from now on, in a list."""

@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 
 from fsa.errors import InputError
-from fsa.hosts.base import Host, LastAttention
-from fsa.hosts.function import AttentionFunction, FunctionHost, LastBlock
+from fsa.hosts.base import Host
+from fsa.hosts.block import LastAttention, LastBlock
+from fsa.hosts.function import AttentionFunction, FunctionHost
 from fsa.hosts.naclip import NACLIP
 from fsa.hosts.proxy import ProxyCLIP
 from fsa.hosts.self_attention import (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,34 +11,9 @@ from torch import Tensor, nn
 from fsa import ops
 from fsa.config import FSAConfig
 from fsa.errors import InputError
-from fsa.models.tower import Tower
-
-
-@dataclass(frozen=True)
-class LastAttention:
-    """The attention of a host's last block, on patches.
-
-    Attributes:
-        value: V (B,H,N,d).
-        apply: (B,H,N,d) -> (B,H,N,d), applies the host's attention A. Where the host attends to
-            the class token, its value stays what it is. None where A is the identity, or where no
-            feedback follows.
-        attended: A V (B,H,N,d).
-        mean_value: (B,H,1,d), V under uniform attention over everything the host attends to; None
-            where no feedback follows.
-        step: what has gathered the above for the feedback that follows, or None.
-    """
-
-    value: Tensor
-    apply: Callable[[Tensor], Tensor] | None
-    attended: Tensor
-    mean_value: Tensor | None
-    step: ops.AttentionStep | None = None
-
-    @classmethod
-    def of_step(cls, value: Tensor, step: ops.AttentionStep) -> LastAttention:
-        """Of values V (B,H,N,d) of patches and what a step has gathered."""
-        return cls(value, step, step.gathered[:, :, :-1], step.gathered[:, :, -1:], step)
+from fsa.hosts.block import LastAttention, LastBlock
+from fsa.models.timm_tower import tower_of
+from fsa.ops.checks import autocast_off
 
 
 def adapted_heads(
@@ -92,7 +67,7 @@ def adapted_heads(
     return heads
 
 
-class Host(nn.Module):
+class Host(nn.Module, ABC):
     """A training-free CLIP segmentor: a vision tower with another attention in its last block.
 
     Args:
@@ -111,27 +86,13 @@ class Host(nn.Module):
         super().__init__()
         if backend not in ops.BACKENDS:
             raise InputError(f"backend={backend!r} is not known: it must be one of {ops.BACKENDS}")
-        self.tower = visual if isinstance(visual, Tower) else Tower(visual)
+        self.tower = tower_of(visual)
         self.residual = self.published_residual if residual is None else residual
         self.backend = backend
 
     def grid(self, height: int, width: int, vfm_features: Tensor | None = None) -> tuple[int, int]:
         """Rows and columns of the output for a picture of this size in pixels."""
         return self.tower.grid(height, width)
-
-    def forward(
-        self,
-        images: Tensor,
-        text_features: Tensor,
-        *,
-        vfm_features: Tensor | None = None,
-        tokens: Tensor | None = None,
-        config: FSAConfig | None = None,
-    ) -> Tensor:
-        """The same as `features`."""
-        return self.features(
-            images, text_features, vfm_features=vfm_features, tokens=tokens, config=config
-        )
 
     @torch.no_grad()
     def features(
@@ -160,32 +121,33 @@ class Host(nn.Module):
             InputError: wrong shapes, types or devices.
         """
         self._check(images, text_features, vfm_features, config)
-        if tokens is None:
-            tokens = self.tower.trunk(images)
-        else:
-            self.tower.check_tokens(tokens, images)
-        attention = self.attention(tokens, images, vfm_features, config)
+        # Everything runs in the tower's own type, which torch.autocast would change on the way.
+        with autocast_off(images):
+            if tokens is None:
+                tokens = self.tower.trunk(images)
+            else:
+                self.tower.check_tokens(tokens, images)
+            attention = self.attention(LastBlock(self.tower, images, tokens, vfm_features), config)
 
-        def tail(heads: Tensor) -> Tensor:
-            return self.tail(tokens, heads)
+            def tail(heads: Tensor) -> Tensor:
+                return self.tail(tokens, heads)
 
-        if config is None:
-            return tail(attention.attended)
-        heads = adapted_heads(attention, tail, text_features, config, self.backend)
-        return tail(heads)
+            if config is None:
+                return tail(attention.attended)
+            heads = adapted_heads(attention, tail, text_features, config, self.backend)
+            return tail(heads)
 
-    def attention(
-        self,
-        tokens: Tensor,
-        images: Tensor,
-        vfm_features: Tensor | None,
-        config: FSAConfig | None,
-    ) -> LastAttention:
-        """The attention of the last block for the tokens (B,1+N,D) of images (B,3,H,W).
+    # What `torch.nn.Module` calls.
+    forward = features
 
-        `config` is that of the feedback that will follow, for hosts that prepare it, or None.
+    @abstractmethod
+    def attention(self, block: LastBlock, config: FSAConfig | None) -> LastAttention:
+        """The attention of the last block.
+
+        Args:
+            block: what enters it.
+            config: of the feedback that will follow, for hosts that prepare it, or None.
         """
-        raise NotImplementedError
 
     def tail(self, tokens: Tensor, heads: Tensor) -> Tensor:
         """From what the heads gathered to features in the shared space; see `adapted_heads`."""

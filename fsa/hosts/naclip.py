@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from fsa.config import NACLIP_STD
 from fsa.errors import InputError
+from fsa.hosts.block import LastBlock
 from fsa.hosts.self_attention import SelfAttentionHost
 
 
@@ -42,15 +43,12 @@ class NACLIP(SelfAttentionHost):
             raise InputError(f"std={std!r} is not accepted: it must be finite and positive")
         self.std = std
 
-    def bias(self, tokens: Tensor, images: Tensor) -> Tensor:
-        rows, columns = (
-            self._neighbourhood(length, tokens.device)
-            for length in self.tower.grid(*images.shape[-2:])
-        )
+    def bias(self, block: LastBlock) -> Tensor:
+        rows, columns = (self._neighbourhood(length, block.tokens.device) for length in block.grid)
         # The Gaussian of a distance on the grid is that of the rows times that of the columns.
         window = rows[:, None, :, None] * columns[None, :, None, :]
-        bias = functional.pad(window.flatten(2).flatten(0, 1), (self.tower.prefix_tokens, 0))
-        return bias.to(tokens.dtype)
+        bias = functional.pad(window.flatten(2).flatten(0, 1), (block.prefix_tokens, 0))
+        return bias.to(block.tokens.dtype)
 
     def _neighbourhood(self, length: int, device: torch.device) -> Tensor:
         """exp(-(i - j)^2 / (2 std^2)) along one axis of the grid, (length,length) in float64."""

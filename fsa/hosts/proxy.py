@@ -8,10 +8,11 @@ from torch.nn.functional import interpolate
 from fsa import ops
 from fsa.config import PROXY_GAIN, PROXY_SHIFT, FSAConfig
 from fsa.errors import InputError
-from fsa.hosts.base import Host, LastAttention
+from fsa.hosts.base import Host
+from fsa.hosts.block import LastAttention, LastBlock
 
 
-def proxy_read_out(
+def affinity_attention(
     vfm_features: Tensor,
     value: Tensor,
     grid: tuple[int, int],
@@ -79,17 +80,10 @@ class ProxyCLIP(Host):
             raise InputError("the grid of ProxyCLIP is that of vfm_features, which were not given")
         return tuple(vfm_features.shape[-2:])
 
-    def attention(
-        self,
-        tokens: Tensor,
-        images: Tensor,
-        vfm_features: Tensor | None,
-        config: FSAConfig | None,
-    ) -> LastAttention:
-        value = self.tower.project(tokens[:, self.tower.prefix_tokens :], "v")["v"]
-        grid = self.tower.grid(*images.shape[-2:])
-        return proxy_read_out(
-            vfm_features, value, grid, self.shift, self.gain, self.backend, config
+    def attention(self, block: LastBlock, config: FSAConfig | None) -> LastAttention:
+        value = self.tower.project(block.patch_tokens, "v")["v"]
+        return affinity_attention(
+            block.vfm_features, value, block.grid, self.shift, self.gain, self.backend, config
         )
 
     def _check(

@@ -10,10 +10,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fsa import ops
 from fsa.config import FSAConfig
-from fsa.hosts.base import Host, LastAttention
+from fsa.hosts.base import Host
+from fsa.hosts.block import LastAttention, LastBlock
 
 
-def self_read_out(
+def attention_of_pairs(
     projected: dict[str, Tensor],
     pairs: tuple[str, ...],
     backend: str,
@@ -55,7 +56,7 @@ def self_read_out(
     return LastAttention.of_step(patches, step)
 
 
-def identity_read_out(value: Tensor, *, feedback: bool = True) -> LastAttention:
+def identity_attention(value: Tensor, *, feedback: bool = True) -> LastAttention:
     """Each patch attends to itself alone: V (B,H,N,d) of patches."""
     mean = value.mean(dim=2, keepdim=True) if feedback else None
     return LastAttention(value=value, apply=None, attended=value, mean_value=mean)
@@ -69,25 +70,19 @@ class SelfAttentionHost(Host):
 
     pairs: tuple[str, ...]
 
-    def attention(
-        self,
-        tokens: Tensor,
-        images: Tensor,
-        vfm_features: Tensor | None,
-        config: FSAConfig | None,
-    ) -> LastAttention:
+    def attention(self, block: LastBlock, config: FSAConfig | None) -> LastAttention:
         needed = {*"".join(self.pairs), "v"}
-        projected = self.tower.project(tokens, "".join(name for name in "qkv" if name in needed))
-        return self_read_out(
-            projected,
+        names = "".join(name for name in "qkv" if name in needed)
+        return attention_of_pairs(
+            self.tower.project(block.tokens, names, block.grid),
             self.pairs,
             self.backend,
             config,
-            prefix_tokens=self.tower.prefix_tokens,
-            bias=self.bias(tokens, images),
+            prefix_tokens=block.prefix_tokens,
+            bias=self.bias(block),
         )
 
-    def bias(self, tokens: Tensor, images: Tensor) -> Tensor | None:
+    def bias(self, block: LastBlock) -> Tensor | None:
         """What is added to the scores of patches, (N,L) in the type of the tokens, or None."""
         return None
 
@@ -147,13 +142,6 @@ class MaskCLIP(Host):
 
     published_residual = True
 
-    def attention(
-        self,
-        tokens: Tensor,
-        images: Tensor,
-        vfm_features: Tensor | None,
-        config: FSAConfig | None,
-    ) -> LastAttention:
-        patches = tokens[:, self.tower.prefix_tokens :]
-        value = self.tower.project(patches, "v")["v"]
-        return identity_read_out(value, feedback=config is not None)
+    def attention(self, block: LastBlock, config: FSAConfig | None) -> LastAttention:
+        value = self.tower.project(block.patch_tokens, "v")["v"]
+        return identity_attention(value, feedback=config is not None)

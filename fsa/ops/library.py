@@ -221,7 +221,7 @@ def _fake_gather(
     value: Tensor, attended: Tensor, after: bool, before: bool, only: bool, *_: Any
 ) -> tuple[Tensor, Tensor]:
     B, H, N, d = attended.shape
-    shapes = launch.gathered(B, N, H * d, after=after, before=before, only=only)
+    shapes = launch.gather_shapes(B, N, H * d, after=after, before=before, only=only)
     gathered, columns = (value.new_empty(shape) for shape in shapes)
     return gathered, columns
 
@@ -315,7 +315,7 @@ def _fake_proxy_gather(
     only: bool,
     *_: Any,
 ) -> tuple[Tensor, Tensor]:
-    shapes = launch.gathered(*value.shape, after=after, before=before, only=only)
+    shapes = launch.gather_shapes(*value.shape, after=after, before=before, only=only)
     gathered, columns = (value.new_empty(shape) for shape in shapes)
     return gathered, columns
 

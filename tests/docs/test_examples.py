@@ -40,23 +40,23 @@ def test_example_plug_in(run):
     printed = run("plug_in")
     assert "feedback changed the patch features by" in printed
     assert "by 0%" not in printed
-    assert "what it was: True" in printed
+    assert "what it did before: True" in printed
 
 
 def check_two_runs(printed, out):
     """What a run without and a run with feedback printed and wrote."""
-    assert [line.split()[0] for line in printed.splitlines()] == ["alone", "feedback"]
-    alone, feedback = (labels(out / part, "scene-5") for part in ("alone", "feedback"))
-    assert alone.shape == feedback.shape
-    assert 0 < (alone != feedback).mean() < 0.5
+    assert [line.split()[0] for line in printed.splitlines()] == ["baseline:", "feedback:"]
+    baseline, feedback = (labels(out / part, "scene-5") for part in ("baseline", "feedback"))
+    assert baseline.shape == feedback.shape
+    assert 0 < (baseline != feedback).mean() < 0.5
 
 
 def test_example_naclip(run, tmp_path):
     check_two_runs(run("naclip", "--out", "out"), tmp_path / "out")
 
 
-def test_example_read_out(run, tmp_path):
-    check_two_runs(run("read_out", "--out", "out"), tmp_path / "out")
+def test_example_attention_function(run, tmp_path):
+    check_two_runs(run("attention_function", "--out", "out"), tmp_path / "out")
 
 
 def test_example_dinov3_proxy(run, tmp_path):

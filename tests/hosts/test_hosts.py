@@ -12,7 +12,7 @@ from torch.nn import functional
 import fsa
 from fsa import FSAConfig, InputError, hosts, reference
 from fsa.hosts import LastAttention
-from fsa.hosts.self_attention import self_read_out
+from fsa.hosts.self_attention import attention_of_pairs
 from tests.support.accuracy import MODEL_VECTORS, relative_error, vector
 from tests.support.towers import inputs_of, random_inputs, random_tower
 
@@ -171,7 +171,7 @@ def test_naclip_needs_a_width(std):
 
 
 def value_affinity(block):
-    """A read-out of a test's own: the values' cosines, sharpened."""
+    """An attention of a test's own: the values' cosines, sharpened."""
     unit = functional.normalize(block.value[:, :, block.prefix_tokens :], dim=-1)
     return (unit @ unit.transpose(2, 3) * 5).softmax(dim=-1)
 
@@ -182,12 +182,12 @@ def test_a_function_of_the_users_is_a_host(heads):
     images, text, _ = random_inputs(height=24, width=40, dtype=torch.float64)
     seen = []
 
-    def mine(block):
+    def own_attention(block):
         seen.append(block)
         matrix = value_affinity(block)
         return matrix if heads == "per head" else matrix.mean(dim=1)
 
-    host = hosts.build(mine, visual)
+    host = hosts.build(own_attention, visual)
     features = host.features(images, text)
     with_feedback = host.features(images, text, config=CONFIG)
 
@@ -215,7 +215,7 @@ def test_a_function_can_be_clearclip(residual):
     def clearclip(block):
         projected = {"q": block.query, "v": block.value}
         prefix = block.prefix_tokens
-        return self_read_out(projected, ("qq",), "auto", CONFIG, prefix_tokens=prefix)
+        return attention_of_pairs(projected, ("qq",), "auto", CONFIG, prefix_tokens=prefix)
 
     for config in (None, CONFIG):
         features = hosts.build(clearclip, visual, residual=residual).features(
@@ -238,22 +238,22 @@ def test_a_function_in_half_precision(dtype):
 
 
 @pytest.mark.parametrize(
-    ("read_out", "message"),
+    ("function", "message"),
     [
         (lambda block: None, r"'<lambda>' must have shape .* it has a NoneType"),
-        (lambda block: value_affinity(block)[..., 1:], "the attention returned by the read-out"),
+        (lambda block: value_affinity(block)[..., 1:], "the attention returned by the function"),
         (
             lambda block: LastAttention(
                 block.value, lambda x: x, block.value, block.value[:, :, :1]
             ),
-            r"value returned by the read-out .* it has shape \(2, 3, 17, 8\)",
+            r"value returned by the function .* it has shape \(2, 3, 17, 8\)",
         ),
     ],
 )
-def test_a_function_that_returns_something_else_is_told_so(read_out, message):
+def test_a_function_that_returns_something_else_is_told_so(function, message):
     images, text, _ = random_inputs()
     with pytest.raises(InputError, match=message):
-        hosts.build(read_out, random_tower()).features(images, text)
+        hosts.build(function, random_tower()).features(images, text)
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -298,13 +298,13 @@ def test_every_image_stands_alone(name):
     for b in range(3):
         one = slice(b, b + 1)
         vfm_features = options["vfm_features"]
-        alone = host.features(
+        by_itself = host.features(
             images[one],
             text,
             vfm_features=None if vfm_features is None else vfm_features[one],
             config=CONFIG,
         )
-        assert relative_error(together[one], alone) < 1e-5
+        assert relative_error(together[one], by_itself) < 1e-5
 
 
 @pytest.mark.parametrize("name", hosts.names())

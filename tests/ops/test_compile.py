@@ -1,4 +1,4 @@
-"""torch.compile without a graph break or a second graph, torch.library.opcheck, torch.export."""
+"""torch.compile without a graph break or a second graph, and torch.export."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from fsa import FSAConfig, hosts
 from tests.support.accuracy import relative_error
 from tests.support.towers import random_inputs, random_tower
 
+pytestmark = pytest.mark.compile
 CONFIG = FSAConfig()
 # (images, height, width, classes): the third is the grid the towers were made for, in which
 # positions need no resizing; the last has 360 patches, from where on products go to oneDNN.
@@ -32,7 +33,8 @@ needs_cpp = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None,
     reason="Inductor compiles C++, and there is no g++ here",
 )
-BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=needs_cpp)]
+inductor = (needs_cpp, pytest.mark.slow)
+BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=inductor)]
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +110,7 @@ def host_inputs(host, B, height, width, C, dtype=torch.float32):
         ("proxyclip", CONFIG),
         ("naclip", CONFIG),
     ],
-    ids=lambda value: value if isinstance(value, str) else "FSA" if value else "alone",
+    ids=lambda value: value if isinstance(value, str) else "FSA" if value else "without FSA",
 )
 def test_a_host(name, config):
     host = hosts.build(name, random_tower(layers=2))
@@ -121,6 +123,7 @@ def test_a_host(name, config):
 
 
 @needs_cpp
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clearclip", "proxyclip"])
 def test_a_host_in_cpp(name):
     # Inductor rounds in its own way. Of half a million decisions of pruning one lay within that of
@@ -165,7 +168,7 @@ def test_a_host_of_a_users_function():
     [
         ("eager", "proxyclip"),
         # The default host: C++ of ProxyCLIP's takes twice as long, and is tested above.
-        pytest.param("inductor", "clearclip", marks=needs_cpp),
+        pytest.param("inductor", "clearclip", marks=inductor),
     ],
 )
 def test_the_segmentor(backend, host):
@@ -180,87 +183,6 @@ def test_the_segmentor(backend, host):
         result = run(windows, text)
         assert result.shape == (B, C, height // 16, width // 16)
         assert relative_error(result, segmentor.forward(windows, text)) < 1e-5
-
-
-# --------------------------------------------------------------------------------------------------
-# The custom ops
-
-HALF = torch.float16
-LOGITS, UNIFORM = logits(2, 6, 4)
-VALUE, FEEDBACK, ATTENTION = values(2, 6)
-PUBLISHED = (3.0, 0.45, 20.0, 35.0, "kl", "confidence", 0.4, 0.5, True, "exact")
-COSINE = (3.0, 0.45, 20.0, 35.0, "cosine", None, 0.4, 0.5, False, "fast")
-TEXTS = functional.normalize(torch.randn(7, 4, generator=torch.Generator().manual_seed(7)), dim=-1)
-STATE = {
-    backend: torch.ops.fsa.proxy_prepare(LOGITS, 1.2, 3.0, backend == "triton", backend)
-    for backend in ("torch", "triton")
-}
-# Every op that the library registers, with inputs in float32 and half precision, and of strides
-# that are no contiguous tensor's.
-OP_INPUTS = {
-    "fsa::feedback_attention": [
-        (LOGITS, UNIFORM, None, *PUBLISHED, torch.float32, "torch"),
-        (LOGITS.half(), None, None, *PUBLISHED, torch.float16, "torch"),
-        (LOGITS.transpose(1, 2), LOGITS.mT, None, *PUBLISHED, torch.bfloat16, "torch"),
-        (LOGITS, UNIFORM, None, *COSINE, torch.half, "torch"),
-        (LOGITS, UNIFORM, TEXTS, *PUBLISHED, torch.float32, "torch"),
-        (LOGITS, UNIFORM, None, *PUBLISHED, torch.float32, "triton"),
-        (LOGITS, UNIFORM, None, *PUBLISHED, torch.float16, "triton"),
-        (LOGITS.half(), None, TEXTS, *PUBLISHED, torch.float16, "triton"),
-    ],
-    "fsa::apply_feedback": [
-        (LOGITS, UNIFORM, None, LOGITS, *PUBLISHED, "torch"),
-        (LOGITS, None, None, LOGITS.half(), *PUBLISHED, "torch"),
-        (LOGITS, None, TEXTS, LOGITS[..., ::2], *PUBLISHED, "torch"),
-        (LOGITS, UNIFORM, None, LOGITS.half(), *PUBLISHED, "triton"),
-    ],
-    "fsa::adapt": [
-        (VALUE, FEEDBACK, ATTENTION, None, "after,before,only"),
-        (VALUE, FEEDBACK, ATTENTION[:, 0], VALUE, "before,only"),
-        (VALUE.half(), FEEDBACK.half(), ATTENTION.half(), None, "after"),
-        (VALUE[..., ::2], FEEDBACK.mT, ATTENTION.mT, None, "only"),
-    ],
-    "fsa::gather": [
-        (VALUE, VALUE[:, :, 2:], True, True, True, 1 / 3, "torch"),
-        (VALUE.half(), VALUE[..., 1:, :].half(), False, True, False, 1.0, "torch"),
-        (VALUE, VALUE[:, :, 1:], True, False, True, 0.5, "triton"),
-    ],
-    "fsa::proxy_prepare": [
-        (LOGITS, 1.2, 3.0, False, "torch"),
-        (LOGITS[:, ::2].half(), 0.5, 1.0, False, "torch"),
-        (LOGITS.mT, 1.2, 3.0, False, "torch"),
-        (LOGITS, 1.2, 3.0, False, "triton"),
-        (LOGITS.half(), 1.2, 3.0, True, "triton"),
-    ],
-    "fsa::proxy_apply": [
-        (*STATE["torch"], LOGITS, None, 3.0, "torch"),
-        (*STATE["torch"], LOGITS[..., :3].half(), LOGITS[..., :3], 1.0, "torch"),
-        (*STATE["triton"], LOGITS, LOGITS, 3.0, "triton"),
-    ],
-    "fsa::proxy_gather": [
-        (*STATE["torch"], LOGITS, 3.0, True, True, True, 1 / 3, "torch"),
-        (*STATE["torch"], LOGITS[..., :3].half(), 3.0, False, True, False, 1.0, "torch"),
-        (*STATE["triton"], LOGITS, 3.0, True, False, True, 0.5, "triton"),
-    ],
-}
-
-
-def test_no_op_is_left_out():
-    registered = {
-        name.partition(".")[0]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("fsa::")
-    }
-    assert registered == set(OP_INPUTS)
-
-
-@pytest.mark.parametrize(
-    ("name", "number"), [(name, i) for name in OP_INPUTS for i in range(len(OP_INPUTS[name]))]
-)
-def test_an_op_is_clean(name, number):
-    operator = getattr(torch.ops.fsa, name.removeprefix("fsa::"))
-    with torch._dynamo.config.patch(error_on_recompile=False):
-        torch.library.opcheck(operator, OP_INPUTS[name][number])
 
 
 # --------------------------------------------------------------------------------------------------

@@ -79,6 +79,11 @@ def test_a_bad_value_is_refused_by_name(field, value):
         FSAConfig(**{field: value})
 
 
+def test_the_steepest_beta_is_said():
+    with pytest.raises(InputError, match=r"beta=80\.1 is not accepted: it must be at most 80"):
+        FSAConfig(beta=80.1)
+
+
 def test_every_public_name_resolves():
     for name in fsa.__all__:
         assert getattr(fsa, name) is not None

@@ -1,0 +1,1 @@
+"""What the embedded model segments, without and with feedback."""

@@ -1,0 +1,1 @@
+"""What comes out: marks, tables and plots made from committed results."""

@@ -1,0 +1,1 @@
+"""What is compared: problems, and several ways of solving each."""
