@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fsa import FSAConfig, load_segmentor, reference, tiny
+from fsa import FSAConfig, hosts, load_segmentor, reference, tiny
 from fsa.errors import InputError
 from fsa.showcase.explorer import explore, gathering, packing
 from fsa.showcase.explorer.page import page
@@ -127,7 +127,7 @@ def test_no_name_ends_the_script_or_opens_another(segmentor, tmp_path):
     assert [c["name"] for c in embedded(text)["classes"]] == [name, "{{script}}"]
 
 
-@pytest.mark.parametrize("host", ["sclip", "clearclip", "maskclip", "proxyclip"])
+@pytest.mark.parametrize("host", hosts.names())
 @pytest.mark.parametrize("isolation", [True, False])
 def test_the_page_is_given_what_the_segmentor_computes_with(segmentor, host, isolation):
     config = FSAConfig(isolation=isolation, adaptations=("after", "before"))
@@ -237,7 +237,7 @@ def test_the_page_computes_feedback_by_its_definition(browser, segmentor, data, 
     attention = window.attentions.host[0].double()
     values = [
         {"confidence": 0.45, "ratio": 0.4, "threshold": 0.5, "beta": 3},
-        {"confidence": 0.07, "ratio": 0.01, "threshold": 0.9, "beta": -1.5},
+        {"confidence": 0.07, "ratio": 0.01, "threshold": 0.9, "beta": 0},
         {"confidence": 1, "ratio": 1, "threshold": 0, "beta": 80},
     ]
     for numbers in values:

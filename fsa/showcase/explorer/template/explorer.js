@@ -256,8 +256,8 @@ function readAddress() {
   if (row >= 0 && row < ROWS && column >= 0 && column < COLUMNS) pinned = row * COLUMNS + column;
   for (const name of NUMBERS) {
     const value = Number(given.get(name) ?? NaN);
-    const [low, high] = name === "beta" ? [-80, 80] : [name === "threshold" ? 0 : 1e-6, 1];
-    if (value >= low && value <= high) settings[name] = value;
+    const low = name === "confidence" || name === "ratio" ? 1e-6 : 0;
+    if (value >= low && value <= (name === "beta" ? 80 : 1)) settings[name] = value;
   }
   for (const name of SWITCHES) {
     if (["true", "false"].includes(given.get(name))) settings[name] = given.get(name) === "true";
@@ -777,7 +777,6 @@ function showSettings() {
 function listenToControls() {
   const beta = form.elements.beta;
   beta.max = Math.max(beta.max, Math.ceil(settings.beta));
-  beta.min = Math.min(beta.min, Math.floor(settings.beta));
   form.addEventListener("input", (event) => {
     const { name, value, checked } = event.target;
     if (NUMBERS.includes(name)) settings[name] = Number(value);
