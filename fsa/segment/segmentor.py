@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -364,14 +364,12 @@ class Segmentor:
                 self, working, queries.features, patch, sizes, max_patches=max_patches
             )
 
-    def explore(
-        self, image: Any, classes: Classes, out: str | os.PathLike[str], **options: Any
-    ) -> None:
+    def explore(self, image: Any, classes: Classes, out: str | Path, **options: Any) -> Path:
         """Writes one HTML page to look into feedback; see `fsa.showcase.explorer.explore`."""
-        # The page is made of segmentations, so its module is imported only where one is asked for.
+        # The explorer is made of segmentors, so it can only be imported when it is asked for.
         from fsa.showcase.explorer import explore
 
-        explore(self, image, classes, out, **options)
+        return explore(self, image, classes, out, **options)
 
     def _sizes(self, window: int | None, stride: int | None, short_side: int | None) -> Sizes:
         default = TINY_SIZES if self.loaded.name == TINY else PAPER_SIZES
