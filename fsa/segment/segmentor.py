@@ -59,8 +59,8 @@ def load_segmentor(
     """A segmentor for any class names.
 
     Args:
-        host: "clip", "maskclip", "sclip", "clearclip", "proxyclip", "naclip", "qk", "qq", "kk" or
-            "vv", or a function that returns the attention between patches; see `fsa.hosts.build`.
+        host: one of `fsa.hosts.names()`, or a function that returns the attention between patches;
+            see `fsa.hosts.build`.
         model: "tiny", the embedded model, or a name of open_clip's such as "ViT-B-16"; or a
             `CLIPModel` or `SiglipModel` of transformers, with its `processor`.
         pretrained: a tag of open_clip's or the path of a checkpoint; see
@@ -145,10 +145,8 @@ class Segmentor:
                 f"cuda_graph=True needs a CUDA device; the model is on {loaded.device}"
             )
         self.graphs = GraphCache(self.forward) if cuda_graph else None
-        self.host_name = host_name
-        self.host = host
-        self.loaded = loaded
-        self.vfm = vfm
+        self.host_name, self.host = host_name, host
+        self.loaded, self.vfm = loaded, vfm
         self.config = resolve_feedback(feedback, vfm, loaded.name)
         self._feedback = feedback
         self._text = text
@@ -205,7 +203,7 @@ class Segmentor:
             cuda_graph=self.graphs is not None,
         )
 
-    def check(
+    def settings(
         self,
         classes: Classes,
         *,
@@ -215,15 +213,31 @@ class Segmentor:
         prob_thd: float = 0.0,
         background: str | int | None = None,
         window_batch: int = 8,
-    ) -> None:
-        """Looks at arguments of `segment` without a picture.
+    ) -> dict[str, Any]:
+        """What `segment` does with these arguments, as plain values, without doing it.
 
         Raises:
-            InputError: those that `segment` accepts with no picture.
+            InputError: arguments that `segment` accepts with no picture.
         """
-        self._sizes(window, stride, short_side)
+        sizes = self._sizes(window, stride, short_side)
         integer_within("window_batch", window_batch, 1)
-        named_background(parse_classes(classes), prob_thd, background)
+        names, background_index = named_background(parse_classes(classes), prob_thd, background)
+        return {
+            "host": self.host_name,
+            "model": self.loaded.name,
+            "pretrained": self.loaded.pretrained,
+            "vfm": self.vfm.name if self.vfm else None,
+            "feedback": self.config.to_dict() if self.config else None,
+            "short_side": sizes.short_side,
+            "window": sizes.window,
+            "stride": sizes.stride,
+            "prob_thd": float(prob_thd),
+            "background": names[background_index] if background_index is not None else None,
+            "classes": [list(c) if not isinstance(c, str) else [c] for c in classes],
+            "backend": self.host.backend,
+            "device": str(self.loaded.device),
+            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+        }
 
     def segment(
         self,
@@ -267,11 +281,8 @@ class Segmentor:
         queries = self._text.encode(classes)
         what = f"windows of {sizes.window} pixels, {window_batch} at once, on {self.loaded.device}"
         advice = "lower window_batch, window or short_side"
-        with (
-            torch.inference_mode(),
-            named_out_of_memory(what, advice),
-            self._naming(picture.label),
-        ):
+        not_finite = self._naming(picture.label)
+        with torch.inference_mode(), named_out_of_memory(what, advice), not_finite:
             cosines = self._merged_cosines(picture, queries, sizes, window_batch, progress)
             labels = label_map(
                 cosines, queries, tuple(picture.rgb.shape[-2:]), prob_thd, background_index
@@ -284,20 +295,14 @@ class Segmentor:
         settings = {
             "fsa": fsa.__version__,
             "torch": torch.__version__,
-            "host": self.host_name,
-            "model": self.loaded.name,
-            "pretrained": self.loaded.pretrained,
-            "vfm": self.vfm.name if self.vfm else None,
-            "feedback": self.config.to_dict() if self.config else None,
-            "short_side": sizes.short_side,
-            "window": sizes.window,
-            "stride": sizes.stride,
-            "prob_thd": float(prob_thd),
-            "background": names[background_index] if background_index is not None else None,
-            "classes": [list(c) if not isinstance(c, str) else [c] for c in classes],
-            "backend": self.host.backend,
-            "device": str(self.loaded.device),
-            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+            **self.settings(
+                classes,
+                window=window,
+                stride=stride,
+                short_side=short_side,
+                prob_thd=prob_thd,
+                background=background,
+            ),
             "seconds": round(time.perf_counter() - start, 3),
         }
         return Segmentation(
