@@ -31,6 +31,13 @@ PROXY_GAIN = 3.0
 NACLIP_STD = 5.0
 """NACLIP's own constant: the deviation of its Gaussian neighbourhood, in patches."""
 
+SEGEARTH_CLASS_WEIGHT = 0.3
+"""SegEarth-OV's own constant: how much of the class token's cosines is subtracted."""
+
+PEARL_STEPS = 5
+PEARL_KEY_WEIGHT = 0.08
+"""PEARL's own constants: Newton-Schulz steps, and the weight of the keys' own product."""
+
 # The published code's values of beta (the paper's text says 2 for all of them).
 _BETA_DEFAULT = 3.0
 _BETA_VIT_H = 2.3

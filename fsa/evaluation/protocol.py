@@ -75,12 +75,15 @@ FAMILIES: dict[str, str] = {
 
 # FSA keeps each method's own data pipeline. MaskCLIP's numbers in the comparison tables
 # come from SCLIP's, the attention types were run in ProxyCLIP's code, and NACLIP's own pipeline is
-# after SCLIP's.
+# after SCLIP's. SegEarth-OV's sizes and scale are ClearCLIP's; PEARL's sizes are SCLIP's, but for
+# VOC, whose pictures it does not cut into windows, and its thresholds and scale are its own.
 _FAMILY_OF_HOST = {
     "clip": "sclip",
     "maskclip": "sclip",
     "sclip": "sclip",
     "naclip": "sclip",
+    "segearth": "clearclip",
+    "pearl": "sclip",
     "clearclip": "clearclip",
     "proxyclip": "proxyclip",
     "qk": "proxyclip",

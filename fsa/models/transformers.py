@@ -223,6 +223,7 @@ class SiglipTower(_TransformersTower):
     """
 
     prefix_tokens = 0
+    has_class_token = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model.vision_model, model.config.vision_config.hidden_size)

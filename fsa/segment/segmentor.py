@@ -65,10 +65,12 @@ def load_segmentor(
     """A segmentor for any class names.
 
     Args:
-        host: "clip", "maskclip", "sclip", "clearclip", "proxyclip", "naclip", "qk", "qq", "kk" or
-            "vv", or a function that returns the attention between patches; see `fsa.hosts.build`.
+        host: "clip", "maskclip", "sclip", "clearclip", "proxyclip", "naclip", "segearth", "pearl",
+            "qk", "qq", "kk" or "vv", or a function that returns the attention between patches; see
+            `fsa.hosts.build`.
         model: "tiny", the embedded model, or a name of open_clip's such as "ViT-B-16"; or a
-            `CLIPModel` or `SiglipModel` of transformers, with its `processor`.
+            `CLIPModel`, `SiglipModel` or another that `fsa.models.transformers.from_transformers`
+            takes, with its `processor`.
         pretrained: a tag of open_clip's or the path of a checkpoint; see
             `fsa.models.loading.load_model`.
         vfm: for "proxyclip" only: see `fsa.models.guides.load_vfm`; default "dino", and for the
@@ -453,7 +455,9 @@ class Segmentor:
         features = self.host.features(
             windows, text_features, vfm_features=vfm_features, tokens=tokens, config=self.config
         )
-        unit = functional.normalize(features.float(), dim=-1)
+        unit = features.float()
+        if not self.host.compared_as_they_are:
+            unit = functional.normalize(unit, dim=-1)
         grid = self.host.grid(*windows.shape[-2:], vfm_features)
         return (unit @ text_features.T).transpose(1, 2).unflatten(2, grid)
 
