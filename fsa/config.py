@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from fsa.arguments import as_float, as_integer
 from fsa.errors import InputError
 
 Similarity = Literal["kl", "cosine"]
@@ -51,8 +51,9 @@ class FSAConfig:
     """How feedback self-adaptive attention is computed. The defaults are the published ones.
 
     Args:
-        beta: sharpness of the scaling S * exp(beta * S) of the kept similarities (Eq. 10); at most
-            80, where exp(beta) comes near the end of float32.
+        beta: sharpness of the scaling S * exp(beta * S) of the kept similarities (Eq. 10), from 0
+            to 80: a negative one would give less similar patches more weight, and beyond 80
+            exp(beta) comes near the end of float32.
         confidence: p, the cumulative confidence up to which patches are kept, in (0, 1] (Eq. 9).
         logit_scale: what the hosts multiply the cosine of a patch and a text with.
         uniform_logit_scale: the same for the uniform-attention branch (section 4.1).
@@ -71,6 +72,8 @@ class FSAConfig:
         iterations: how many times the adapted logits are fed back (section 6).
         precision: of the similarity product on the GPU: "exact" is as exact as float32,
             "fast" is one half-precision product. The other paths always compute in float32.
+
+    Numbers may be Python's or numpy's; they are kept as Python's.
 
     Raises:
         InputError: a value outside of what is accepted.
@@ -92,16 +95,17 @@ class FSAConfig:
 
     def __post_init__(self) -> None:
         for name in ("beta", "logit_scale", "uniform_logit_scale"):
-            self._require(name, _is_finite(getattr(self, name)), "a finite number")
-        self._require("beta", self.beta <= _BETA_LARGEST, f"at most {_BETA_LARGEST}")
-        for name in ("confidence", "ratio"):
-            value = getattr(self, name)
-            self._require(name, _is_finite(value) and 0 < value <= 1, "a number in (0, 1]")
+            self._take(name, as_float(getattr(self, name)), "a finite number")
         self._require(
-            "threshold",
-            _is_finite(self.threshold) and 0 <= self.threshold <= 1,
-            "a number in [0, 1]",
+            "beta",
+            0 <= self.beta <= _BETA_LARGEST,
+            f"from 0 to {_BETA_LARGEST} (below 0, the less similar a patch is, the more it weighs)",
         )
+        for name in ("confidence", "ratio"):
+            self._take(name, as_float(getattr(self, name)), "a number in (0, 1]")
+            self._require(name, 0 < getattr(self, name) <= 1, "a number in (0, 1]")
+        self._take("threshold", as_float(self.threshold), "a number in [0, 1]")
+        self._require("threshold", 0 <= self.threshold <= 1, "a number in [0, 1]")
         for name, accepted in (
             ("similarity", SIMILARITIES),
             ("pruning", PRUNINGS),
@@ -120,13 +124,13 @@ class FSAConfig:
             and set(self.adaptations) <= set(ADAPTATIONS),
             f"a non-empty tuple without repeats out of {ADAPTATIONS}",
         )
-        self._require(
-            "iterations",
-            isinstance(self.iterations, int)
-            and not isinstance(self.iterations, bool)
-            and self.iterations >= 1,
-            "an integer >= 1",
-        )
+        self._take("iterations", as_integer(self.iterations), "an integer >= 1")
+        self._require("iterations", self.iterations >= 1, "an integer >= 1")
+
+    def _take(self, name: str, number: float | None, accepted: str) -> None:
+        """Keeps a field as Python's own type of number, which JSON and the ops take."""
+        self._require(name, number is not None, accepted)
+        object.__setattr__(self, name, number)
 
     def _require(self, name: str, holds: bool, accepted: str) -> None:
         if not holds:
@@ -163,9 +167,3 @@ class FSAConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, ready for JSON."""
         return asdict(self)
-
-
-def _is_finite(value: Any) -> bool:
-    # Written with a comparison, which every torch.compile traces; NaN fails it.
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and abs(value) < math.inf

@@ -14,6 +14,14 @@ class InputError(FSAError, ValueError):
     """An argument or a file that cannot be used as it is; the message names it."""
 
 
+class NotFiniteError(InputError):
+    """NaN or inf where numbers were expected."""
+
+
+class FSAWarning(UserWarning):
+    """Something that is computed, but perhaps not as was meant."""
+
+
 class ModelUnavailableError(FSAError, RuntimeError):
     """Weights that cannot be had: a missing file, or a hub out of reach."""
 

@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from fsa.cli import compare, data, demo, evaluate, info, models, segment
+from fsa.cli import compare, data, demo, evaluate, explore, info, models, segment
 from fsa.cli.terminal import shown
 from fsa.errors import FSAError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("segment")(segment.segment)
 app.command("demo")(demo.demo)
 app.command("compare")(compare.compare)
+app.command("explore")(explore.explore)
 app.command("info")(info.info)
 app.command("models")(models.models)
 app.command("eval")(evaluate.evaluate)

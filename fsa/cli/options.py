@@ -54,10 +54,12 @@ Classes = Annotated[
 ClassesFile = Annotated[
     Path | None, typer.Option(help="Class names from a text file instead, one class a line.")
 ]
-Host = Annotated[HostName, typer.Option(help="The segmentor.")]
-Model = Annotated[
-    str, typer.Option(help='"tiny" (embedded), or an open_clip name such as ViT-B-16.')
-]
+_HOST = typer.Option(help=f"The method that segments; default {DEFAULT_HOST.value}.")
+_MODEL = typer.Option(help='"tiny" (embedded, the default), or an open_clip name such as ViT-B-16.')
+Host = Annotated[HostName, _HOST]
+HostIfGiven = Annotated[HostName | None, _HOST]
+Model = Annotated[str, _MODEL]
+ModelIfGiven = Annotated[str | None, _MODEL]
 Pretrained = Annotated[str | None, typer.Option(help="A tag of open_clip's, or a checkpoint file.")]
 Vfm = Annotated[
     str | None,
@@ -77,19 +79,15 @@ Confidence = Annotated[
     float | None,
     typer.Option(help="p, the cumulative confidence that FSA keeps; default as published."),
 ]
-Window = Annotated[
-    int | None,
-    typer.Option(help="Side of the sliding window in pixels; default 336, with tiny 112."),
-]
-Stride = Annotated[
-    int | None,
-    typer.Option(help="From one window to the next in pixels; default 112, with tiny 56."),
-]
-ShortSide = Annotated[
-    int | None,
-    typer.Option(
-        help="Short side in pixels to which pictures are resized first; default 336, with tiny 224."
-    ),
+WINDOW = "Side of the sliding window in pixels"
+STRIDE = "Distance in pixels from one window to the next"
+SHORT_SIDE = "Length in pixels to which the short side of a picture is resized first"
+Window = Annotated[int | None, typer.Option(help=f"{WINDOW}; default 336, with tiny 112.")]
+Stride = Annotated[int | None, typer.Option(help=f"{STRIDE}; default 112, with tiny 56.")]
+ShortSide = Annotated[int | None, typer.Option(help=f"{SHORT_SIDE}; default 336, with tiny 224.")]
+Ignore = Annotated[
+    list[int] | None,
+    typer.Option(help="For a folder: a value of the masks that is not counted, besides 255."),
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default the GPU if there is one.")

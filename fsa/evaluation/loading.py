@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from fsa.errors import InputError
 from fsa.evaluation.datasets import Dataset
 from fsa.evaluation.protocol import LONG_SIDE, Preset
+from fsa.evaluation.resizing import resize
 from fsa.pictures.reading import read_image
 
 
@@ -43,16 +43,6 @@ def working_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     """(h,w) of a resized picture: the short side as asked, the long one at most `LONG_SIDE`."""
     scale = min(short_side / min(height, width), LONG_SIDE / max(height, width))
     return tuple(max(1, int(side * scale + 0.5)) for side in (height, width))
-
-
-def resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
-    """A picture (3,H,W) uint8 resized bilinearly, rounded as the published pipelines do."""
-    if tuple(image.shape[-2:]) == size:
-        return image
-    resized = functional.interpolate(
-        image[None].float(), size=size, mode="bilinear", antialias=antialias
-    )
-    return resized[0].round().clamp(0, 255).to(torch.uint8)
 
 
 def loader(

@@ -13,7 +13,7 @@ from typing import Any
 from fsa.config import ADAPTATIONS, FSAConfig
 from fsa.errors import InputError
 from fsa.evaluation import paper
-from fsa.evaluation.runner import Result
+from fsa.evaluation.result import Result
 from fsa.files import write_whole
 
 CONFIDENCES = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.9)

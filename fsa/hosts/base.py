@@ -13,6 +13,7 @@ from fsa.config import FSAConfig
 from fsa.errors import InputError
 from fsa.hosts.block import LastAttention, LastBlock
 from fsa.models.timm_tower import tower_of
+from fsa.ops.checks import autocast_off
 
 
 def adapted_heads(
@@ -125,20 +126,22 @@ class Host(nn.Module, ABC):
             InputError: wrong shapes, types or devices.
         """
         self._check(images, text_features, vfm_features, config)
-        if tokens is None:
-            tokens = self.tower.trunk(images)
-        else:
-            self.tower.check_tokens(tokens, images)
-        block = LastBlock(self.tower, images, tokens, vfm_features)
-        attention = self.attention(block, config)
+        # Everything runs in the tower's own type, which torch.autocast would change on the way.
+        with autocast_off(images):
+            if tokens is None:
+                tokens = self.tower.trunk(images)
+            else:
+                self.tower.check_tokens(tokens, images)
+            block = LastBlock(self.tower, images, tokens, vfm_features)
+            attention = self.attention(block, config)
 
-        def tail(heads: Tensor) -> Tensor:
-            return self.tail(tokens, heads)
+            def tail(heads: Tensor) -> Tensor:
+                return self.tail(tokens, heads)
 
-        heads = attention.attended
-        if config is not None:
-            heads = adapted_heads(attention, tail, text_features, config, self.backend)
-        return self.finish(block, tail(heads))
+            heads = attention.attended
+            if config is not None:
+                heads = adapted_heads(attention, tail, text_features, config, self.backend)
+            return self.finish(block, tail(heads))
 
     # What `torch.nn.Module` calls.
     forward = features

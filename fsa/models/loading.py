@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-import zipfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,12 +15,21 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.factory import load_checkpoint
+from open_clip.model import _build_vision_tower
 from open_clip.pretrained import download_pretrained, get_pretrained_cfg
 from torch import Tensor, nn
 
 from fsa import tiny
-from fsa.errors import InputError, ModelUnavailableError
+from fsa.errors import FSAWarning, InputError, ModelUnavailableError, NotFiniteError
+from fsa.models.checkpoints import (
+    OPENAI_EXTRAS,
+    check_weights,
+    is_openai,
+    refuse_torchscript,
+    unreadable,
+)
 from fsa.models.hub import hub_if_reachable, unavailable
+from fsa.models.timm_tower import tower_of
 
 TINY = "tiny"
 
@@ -30,6 +39,8 @@ _DEFAULT_TAGS = {
     "ViT-L-14-336": "openai",
     "ViT-H-14": "laion2b_s32b_b79k",
 }
+_QUICK_GELU = "-quickgelu"
+_DEVICES = ("cpu", "cuda")
 _CHECKPOINT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _MISMATCHES_NAMED = 3
@@ -61,6 +72,15 @@ class LoadedModel:
     def device(self) -> torch.device:
         return self.model.logit_scale.device
 
+    def not_finite(self, what: str) -> NotFiniteError:
+        """The error to raise where the model makes NaN or inf of a picture or of class names."""
+        kind = str(self.dtype).removeprefix("torch.")
+        return NotFiniteError(
+            f"{what}: {self.name} with the weights {self.pretrained} makes NaN or inf of it in "
+            f"{kind}. The weights may be damaged"
+            + ("; in dtype='float32' larger numbers fit" if self.dtype == torch.float16 else "")
+        )
+
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.visual.parameters()).dtype
@@ -81,31 +101,33 @@ def load_model(
         pretrained: a tag of open_clip's, or the path of a checkpoint (.safetensors, or a PyTorch
             file, which is read without executing code from it). None takes the tag of the
             papers: "openai" for ViT-B-16 and ViT-L-14, "laion2b_s32b_b79k" for ViT-H-14.
-            OpenAI's weights need QuickGELU: their tag sees to it; for a local file of them pass
-            the name "ViT-B-16-quickgelu" (or "ViT-L-14-quickgelu").
-        device: default the GPU if there is one, else the CPU.
+            OpenAI's weights need QuickGELU: their tag sees to it, and so does a file that OpenAI's
+            own code wrote, a state_dict taken from their TorchScript archives included. Other files
+            do not say: for OpenAI's, DFN's or MetaCLIP's weights pass the name
+            "ViT-B-16-quickgelu"; under the plain name a warning says that plain GELU runs.
+        device: "cpu" or a CUDA device; default the GPU if there is one, else the CPU.
         dtype: default float16 on a GPU and float32 on the CPU.
         cache_dir: where downloaded weights are kept; default the hub's own.
 
     Raises:
-        InputError: an unknown name, tag, device or type, or a checkpoint of another model.
+        InputError: an unknown name, tag, device or type, a model whose vision tower is not accepted
+            (see `fsa.models.tower.Tower`), a checkpoint of another model, or one with NaN or inf.
         ModelUnavailableError: weights that are not there or cannot be fetched.
     """
     device = resolve_device(device)
     dtype = resolve_dtype(dtype, device)
     if name == TINY:
         return _load_tiny(pretrained, device, dtype)
-    known = open_clip.list_models()
-    if name not in known:
-        close = difflib.get_close_matches(name, [TINY, *known], n=4, cutoff=0.4)
-        hint = f"close to it: {', '.join(close)}" if close else "see open_clip.list_models()"
-        raise InputError(f"model={name!r} is not a name that open_clip knows; {hint}")
+    _check_name(name)
+    _check_tower(name)
     tag, file = _weights(name, pretrained, cache_dir)
+    refuse_torchscript(file)
     settings = get_pretrained_cfg(name, tag) if tag is not None else _shared_settings(name)
-    model = _create(name, settings.get("quick_gelu", False))
+    quick_gelu = settings.get("quick_gelu", False) if tag is not None else _quick_gelu(name, file)
+    model = _create(name, quick_gelu)
     _load_into(model, file, name)
     return LoadedModel(
-        model=_ready(model, device, dtype),
+        model=_ready(model, device, dtype, file),
         tokenizer=_tokenizer(name, cache_dir),
         name=name,
         pretrained=tag if tag is not None else str(file),
@@ -119,7 +141,8 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
     """The device meant, checked to be there.
 
     Raises:
-        InputError: an unknown device, or one this machine does not have.
+        InputError: an unknown device, one that is neither the CPU nor a CUDA device, or one this
+            machine does not have.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -127,6 +150,11 @@ def resolve_device(device: torch.device | str | None) -> torch.device:
         resolved = torch.device(device)
     except (RuntimeError, TypeError):
         raise InputError(f"device={device!r} is not a device, such as 'cpu' or 'cuda:0'") from None
+    if resolved.type not in _DEVICES:
+        raise InputError(
+            f"device={str(device)!r} is not accepted: models run on 'cpu' or on a CUDA device, "
+            "such as 'cuda:0'"
+        )
     if resolved.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (resolved.index or 0) >= count:
@@ -168,6 +196,52 @@ def _load_tiny(pretrained: str | None, device: torch.device, dtype: torch.dtype)
         std=open_clip.OPENAI_DATASET_STD,
         image_size=_side(model),
     )
+
+
+def _check_name(name: str) -> None:
+    """Raises InputError for a name that open_clip does not know, with those that are near it."""
+    known = open_clip.list_models()
+    if name in known:
+        return
+    # Whoever writes in small letters is not asked to guess which letters are capital.
+    spelled = {candidate.casefold(): candidate for candidate in (TINY, *known)}
+    close = difflib.get_close_matches(name.casefold(), spelled, n=4, cutoff=0.4)
+    hint = f"close to it: {', '.join(spelled[candidate] for candidate in close)}"
+    raise InputError(
+        f"model={name!r} is not a name that open_clip knows; "
+        f"{hint if close else 'see open_clip.list_models()'}"
+    )
+
+
+def _check_tower(name: str) -> None:
+    """Refuses a model by its vision tower, before weights are asked for; without memory for it."""
+    settings = open_clip.get_model_config(name)
+    with _quiet(), torch.device("meta"):
+        visual = _build_vision_tower(
+            settings["embed_dim"], settings["vision_cfg"], settings.get("quick_gelu", False)
+        )
+    try:
+        tower_of(visual)
+    except InputError as error:
+        raise InputError(f"model={name!r} is not accepted: {error}") from None
+
+
+def _quick_gelu(name: str, file: Path) -> bool:
+    """Whether a local checkpoint is to run with QuickGELU although the name does not say so."""
+    if open_clip.get_model_config(name).get("quick_gelu", False):
+        return False
+    if is_openai(file):
+        return True
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    quick = [tag for tag in tags if get_pretrained_cfg(name, tag).get("quick_gelu", False)]
+    if quick and name + _QUICK_GELU in open_clip.list_models():
+        warnings.warn(
+            f"{file} does not say whether its model uses QuickGELU; {name} runs plain GELU. For "
+            f"weights that need it ({', '.join(quick)}) pass the name {name}{_QUICK_GELU}",
+            FSAWarning,
+            stacklevel=3,
+        )
+    return False
 
 
 def _weights(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[str | None, Path]:
@@ -238,46 +312,41 @@ def _download(name: str, tag: str, cache_dir: str | None) -> Path:
         file = None
     if not file:
         source = settings.get("hf_hub") or settings.get("url")
-        raise unavailable(
-            f"{name} ({tag})",
-            source.rstrip("/"),
-            "pass the file: pretrained=PATH (on the command line --pretrained PATH)",
-        ) from None
+        passing = "pass the file: pretrained=PATH (on the command line --pretrained PATH)"
+        if settings.get("quick_gelu", False) and name + _QUICK_GELU in open_clip.list_models():
+            quick = name + _QUICK_GELU
+            passing = (
+                f"pass the file with the name of the model that has QuickGELU: model={quick!r}, "
+                f"pretrained=PATH (on the command line --model {quick} --pretrained PATH)"
+            )
+        raise unavailable(f"{name} ({tag})", source.rstrip("/"), passing) from None
     return Path(file)
 
 
 def _load_into(model: nn.Module, file: Path, name: str) -> None:
-    if _is_torchscript(file):
-        raise InputError(
-            f"{file}: this is a TorchScript archive, which holds code; it is not opened. Save its "
-            "state_dict() with torch.save or as .safetensors, and pass that"
-        )
     try:
         with _quiet():
-            load_checkpoint(model, str(file), strict=True, weights_only=True)
+            unmatched = load_checkpoint(model, str(file), strict=False, weights_only=True)
+        missing, unexpected = unmatched.missing_keys, unmatched.unexpected_keys
     except RuntimeError as error:
         if "Error(s) in loading state_dict" not in str(error):
-            raise InputError(_unreadable(file)) from None
+            raise unreadable(file) from None
         lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
         shown = " ".join(lines[:_MISMATCHES_NAMED])
         raise InputError(f"{file}: this checkpoint does not fit {name}. {shown[:400]}") from None
     # Whatever a broken or hostile file makes the readers raise; nothing in it was executed.
     except Exception:
-        raise InputError(_unreadable(file)) from None
-
-
-def _unreadable(file: Path) -> str:
-    return (
-        f"{file}: this is not a checkpoint that can be read safely: it must be .safetensors, or a "
-        "PyTorch file that holds nothing but tensors (a state_dict)"
-    )
-
-
-def _is_torchscript(file: Path) -> bool:
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return any(entry.endswith("/constants.pkl") for entry in archive.namelist())
+        raise unreadable(file) from None
+    unexpected = [key for key in unexpected if key not in OPENAI_EXTRAS]
+    if missing or unexpected:
+        found = [
+            f"{what} {', '.join(keys[:_MISMATCHES_NAMED])}{', ...' * more}."
+            for what, keys in (("It lacks", missing), ("It holds besides", unexpected))
+            if keys
+            for more in [len(keys) > _MISMATCHES_NAMED]
+        ]
+        raise InputError(f"{file}: this checkpoint does not fit {name}. {' '.join(found)}")
+    check_weights(model, file)
 
 
 def _tokenizer(name: str, cache_dir: str | None) -> Any:
@@ -292,8 +361,12 @@ def _tokenizer(name: str, cache_dir: str | None) -> Any:
         ) from None
 
 
-def _ready(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    return model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+def _ready(model: nn.Module, device: torch.device, dtype: torch.dtype, file: Path) -> nn.Module:
+    model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+    if dtype == torch.float16:
+        # It ends at 65504, far below the other types.
+        check_weights(model, file)
+    return model
 
 
 def _side(model: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES
@@ -13,6 +14,7 @@ from torch.nn import functional
 
 from fsa.classes import Classes, parse_classes
 from fsa.models.loading import LoadedModel
+from fsa.ops.checks import autocast_off
 
 _CACHED_CLASS_LISTS = 32
 _TEXTS_AT_ONCE = 512
@@ -50,6 +52,7 @@ class TextEncoder:
 
         Raises:
             InputError: as `parse_classes`.
+            NotFiniteError: text features with NaN or inf.
         """
         parsed = parse_classes(classes, allow_repeats=allow_repeats)
         with self._lock:
@@ -63,6 +66,14 @@ class TextEncoder:
                 self._cache.popitem(last=False)
         return queries
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock, which stays in its process."""
+        with self._lock:
+            return {**vars(self), "_cache": self._cache.copy(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
     # Not inference mode: its tensors could not be used outside of it later.
     @torch.no_grad()
     def _encode(self, parsed: tuple[tuple[str, ...], ...]) -> TextQueries:
@@ -75,6 +86,8 @@ class TextEncoder:
             ]
         )
         means = features.unflatten(0, (len(names), -1)).mean(dim=1)
+        if not bool(means.isfinite().all()):
+            raise self._loaded.not_finite("the class names")
         index = [i for i, synonyms in enumerate(parsed) for _ in synonyms]
         return TextQueries(
             features=functional.normalize(means, dim=-1),
@@ -84,4 +97,5 @@ class TextEncoder:
 
     def _encode_texts(self, texts: list[str]) -> Tensor:
         tokens = self._loaded.tokenizer(texts).to(self._loaded.device)
-        return functional.normalize(self._loaded.model.encode_text(tokens).float(), dim=-1)
+        with autocast_off(tokens):
+            return functional.normalize(self._loaded.model.encode_text(tokens).float(), dim=-1)

@@ -163,7 +163,7 @@ class TimmTower(Tower):
             # Those of the class token and the registers stand first, where they have any.
             before = 0 if trunk.no_embed_class else self.prefix_tokens
             positions = resized_positions(
-                positions[0], tuple(trunk.patch_embed.grid_size), grid, before, antialias=True
+                positions[0], tuple(trunk.patch_embed.grid_size), grid, before, 0.0, antialias=True
             )
         prefix = [
             token.expand(patches.shape[0], -1, -1)

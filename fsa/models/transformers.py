@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from fsa.errors import InputError
 from fsa.models.loading import LoadedModel, resolve_device, resolve_dtype
-from fsa.models.tower import Tower, resized_positions, with_branch
+from fsa.models.tower import PUBLISHED_OFFSET, Tower, resized_positions, with_branch
 
 _INSTALL = "pip install 'fsa-kernels[transformers]'"
 # The letters by which presets know the sizes of CLIP's vision towers, by their width.
@@ -133,6 +133,8 @@ class TransformersModel(nn.Module):
 class _TransformersTower(Tower):
     """What CLIP's and SigLIP's towers have in common; see `Tower`."""
 
+    position_offset = PUBLISHED_OFFSET
+
     def __init__(self, vision_model: nn.Module, output_dim: int) -> None:
         nn.Module.__init__(self)
         config = vision_model.config
@@ -182,6 +184,7 @@ class _TransformersTower(Tower):
             self.trained_grid,
             grid,
             self.prefix_tokens,
+            self.position_offset,
         )
 
     def _patch_tokens(self, images: Tensor) -> Tensor:
@@ -224,6 +227,8 @@ class SiglipTower(_TransformersTower):
 
     prefix_tokens = 0
     has_class_token = False
+    # No host was published on SigLIP: as transformers itself resizes its positions.
+    position_offset = 0.0
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model.vision_model, model.config.vision_config.hidden_size)
@@ -269,6 +274,7 @@ class Siglip2Tower(SiglipTower):
             self.trained_grid,
             grid,
             self.prefix_tokens,
+            0.0,
             mode="bilinear",
             antialias=True,
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fsa.config import FSAConfig
-from fsa.errors import InputError, named_out_of_memory
+from fsa.errors import InputError, NotFiniteError, named_out_of_memory
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KERNEL_DTYPES = DTYPES[:3]
@@ -122,7 +122,7 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 
 def check_finite(name: str, tensor: Tensor) -> None:
     if tensor.device.type == "cpu" and not bool(tensor.isfinite().all()):
-        raise InputError(f"{name} holds NaN or inf")
+        raise NotFiniteError(f"{name} holds NaN or inf")
 
 
 def check_finite_product(result: Tensor, inputs: dict[str, Tensor | None]) -> None:

@@ -40,10 +40,17 @@ class Picture:
     Attributes:
         rgb: (3,H,W) uint8.
         name: of the file without its extension, or "picture".
+        path: of the file as it was given, or None for what came from memory.
     """
 
     rgb: Tensor
     name: str
+    path: str | None = None
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return self.path or "the picture"
 
 
 def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Picture:
@@ -65,7 +72,7 @@ def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Picture:
     """
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
-        return Picture(_from_file(path, max_pixels), path.stem)
+        return Picture(_from_file(path, max_pixels), path.stem, str(path))
     if isinstance(source, Picture):
         return source
     if isinstance(source, Image.Image):

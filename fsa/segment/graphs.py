@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,13 @@ class GraphCache:
         self._graphs: OrderedDict[tuple, Captured] = OrderedDict()
         self._turn = threading.Lock()
         self._last_stream: torch.cuda.Stream | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The function without its graphs, which are of this process and of where weights lie."""
+        return {"_function": self._function, "_capacity": self._capacity}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_function"], state["_capacity"])
 
     def __len__(self) -> int:
         return len(self._graphs)

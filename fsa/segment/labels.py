@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fsa.arguments import as_integer, number_within
 from fsa.classes import checked_name
 from fsa.config import SEGMENTATION_SCALE
-from fsa.errors import InputError
+from fsa.errors import InputError, NotFiniteError
 from fsa.models.text import TextQueries
 
 _BACKGROUND = "background"
@@ -21,18 +22,14 @@ def named_background(
 ) -> tuple[tuple[str, ...], int | None]:
     """The classes' names with the background among them, and its index or None for none."""
     names = tuple(synonyms[0] for synonyms in classes)
-    if (
-        isinstance(prob_thd, bool)
-        or not isinstance(prob_thd, (int, float))
-        or (not 0 <= prob_thd <= 1)
-    ):
-        raise InputError(f"prob_thd={prob_thd!r} must be a number from 0 to 1")
-    if isinstance(background, int) and not isinstance(background, bool):
-        if not 0 <= background < len(names):
+    prob_thd = number_within("prob_thd", prob_thd, 0, 1)
+    number = as_integer(background)
+    if number is not None:
+        if not 0 <= number < len(names):
             raise InputError(
                 f"background={background} is not the number of a class: there are {len(names)}"
             )
-        index = background
+        index = number
     elif background is None or (isinstance(background, str) and background.strip()):
         name = checked_name(background or _BACKGROUND, "background")
         known = {
@@ -60,6 +57,16 @@ def class_probabilities(
     index = queries.class_index[:, None, None].expand_as(probabilities)
     best = probabilities.new_zeros((len(queries.names), *probabilities.shape[1:]))
     return best.scatter_reduce(0, index, probabilities, "amax", include_self=True)
+
+
+def require_finite(cosines: Tensor) -> None:
+    """Waits for the device; to be called where labels were brought to the host already.
+
+    Raises:
+        NotFiniteError: cosines with NaN or inf, whose labels mean nothing.
+    """
+    if not bool(cosines.isfinite().all()):
+        raise NotFiniteError("the cosines hold NaN or inf")
 
 
 def label_map(

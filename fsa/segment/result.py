@@ -60,8 +60,8 @@ class Segmentation:
     def save(self, directory: str | os.PathLike[str], stem: str | None = None) -> dict[str, Path]:
         """Writes STEM-labels.png, STEM-overlay.png and STEM.json.
 
-        The JSON holds the picture's name and its size in pixels, the class names, their areas and
-        the settings.
+        The JSON holds the picture's name, its path as it was given and its size in pixels, the
+        class names, their areas and the settings.
 
         Args:
             directory: made if it is not there.
@@ -77,7 +77,12 @@ class Segmentation:
         stem = safe_stem(self.picture.name if stem is None else stem)
         height, width = self.labels.shape
         record = {
-            "picture": {"name": self.picture.name, "width": width, "height": height},
+            "picture": {
+                "name": self.picture.name,
+                "path": self.picture.path,
+                "width": width,
+                "height": height,
+            },
             "classes": self.class_names,
             "areas": self.areas(),
             "settings": self.settings,

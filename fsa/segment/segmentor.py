@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,37 +15,30 @@ from torch.nn import functional
 
 import fsa
 from fsa import hosts
+from fsa.arguments import integer_within
 from fsa.classes import Classes, parse_classes
 from fsa.config import FSAConfig
-from fsa.errors import InputError, named_out_of_memory
-from fsa.models.guides import LAYER, VFM, load_vfm
+from fsa.errors import InputError, NotFiniteError, named_out_of_memory
+from fsa.models.guides import LAYER, VFM
 from fsa.models.loading import TINY, LoadedModel, load_model
 from fsa.models.text import TextEncoder, TextQueries
 from fsa.models.transformers import from_transformers
+from fsa.ops.checks import autocast_off
 from fsa.pictures import windows
 from fsa.pictures.reading import Picture, read_image
+from fsa.segment.assembly import check_vfm, host_name, host_with_vfm, resolve_feedback
 from fsa.segment.graphs import GraphCache
-from fsa.segment.inspection import PatchAttentions, attentions
-from fsa.segment.labels import class_probabilities, label_map, named_background
+from fsa.segment.inspection import PatchAttentions, WindowAttentions, window_attentions
+from fsa.segment.labels import (
+    class_probabilities,
+    label_map,
+    named_background,
+    require_finite,
+)
 from fsa.segment.result import Segmentation
+from fsa.segment.sizes import LARGEST_SIDE, PAPER_SIZES, TINY_SIZES, Sizes
 
 _DEFAULT_VFM = "dino"
-_LARGEST_SIDE = 16384
-
-
-@dataclass(frozen=True)
-class _Protocol:
-    """Default sizes in pixels: of the short side, of a window, from one window to the next."""
-
-    short_side: int
-    window: int
-    stride: int
-
-
-# The papers' window of 336 with a stride of 112 for CLIP. The embedded model was trained on crops
-# and small scenes, and sees best through small windows (measured on `fsa.tiny.compose.VALIDATION`).
-_PAPER = _Protocol(short_side=336, window=336, stride=112)
-_TINY = _Protocol(short_side=224, window=112, stride=56)
 
 
 def load_segmentor(
@@ -75,8 +69,8 @@ def load_segmentor(
             `fsa.models.loading.load_model`.
         vfm: for "proxyclip" only: see `fsa.models.guides.load_vfm`; default "dino", and for the
             embedded model "layer", which needs no second model.
-        feedback: True for the published configuration, False for the host alone, or a
-            configuration.
+        feedback: True for the published configuration, False for the baseline without feedback, or
+            a configuration.
         device: default the GPU if there is one, else the CPU; of a model that is passed as an
             object, where it is.
         dtype: default float16 on a GPU and float32 on the CPU; of a model that is passed as an
@@ -92,8 +86,7 @@ def load_segmentor(
         InputError: an argument that is not accepted.
         ModelUnavailableError: weights that are not there or cannot be fetched.
     """
-    name = _host_name(host)
-    _check_vfm(host, vfm, vfm_pretrained)
+    check_vfm(host, vfm, vfm_pretrained)
     if isinstance(model, str):
         if processor is not None:
             raise InputError(
@@ -108,22 +101,19 @@ def load_segmentor(
                 "out, or pass a name as the model"
             )
         loaded = from_transformers(model, processor, device=device, dtype=dtype)
-    built = hosts.build(host, loaded.model.visual, backend=backend)
-    proxy = None
-    if built.needs_vfm:
-        proxy = load_vfm(
-            vfm if vfm is not None else (LAYER if loaded.name == TINY else _DEFAULT_VFM),
-            tower=built.tower,
-            mean=loaded.mean,
-            std=loaded.std,
-            pretrained=vfm_pretrained,
-            cache_dir=cache_dir,
-        )
+    default_vfm = LAYER if loaded.name == TINY else _DEFAULT_VFM
+    built, guide = host_with_vfm(
+        host,
+        loaded,
+        default_vfm if vfm is None else vfm,
+        vfm_pretrained,
+        backend=backend,
+        cache_dir=cache_dir,
+    )
     # Raises here, before any picture, where the backend cannot run.
     fsa.explain(device=loaded.device, dtype=loaded.dtype, backend=backend)
-    return Segmentor(
-        name, built, loaded, TextEncoder(loaded), proxy, feedback, cuda_graph=cuda_graph
-    )
+    text = TextEncoder(loaded)
+    return Segmentor(host_name(host), built, loaded, text, guide, feedback, cuda_graph=cuda_graph)
 
 
 class Segmentor:
@@ -134,7 +124,7 @@ class Segmentor:
         host: the module behind it.
         loaded: the CLIP model.
         vfm: ProxyCLIP's other model, or None.
-        config: how feedback is computed, or None for the host alone.
+        config: how feedback is computed, or None for the baseline.
         graphs: the CUDA graphs of `forward`, or None where it runs eagerly.
 
     Raises:
@@ -161,7 +151,7 @@ class Segmentor:
         self.host = host
         self.loaded = loaded
         self.vfm = vfm
-        self.config = _resolve_feedback(feedback, vfm, loaded.name)
+        self.config = resolve_feedback(feedback, vfm, loaded.name)
         self._feedback = feedback
         self._text = text
         # Made once, on the device: a copy from the host would wait for it in every picture.
@@ -193,20 +183,16 @@ class Segmentor:
         Raises:
             InputError, ModelUnavailableError: as `load_segmentor`.
         """
-        name = _host_name(host)
-        _check_vfm(host, vfm, vfm_pretrained)
-        built = hosts.build(host, self.loaded.model.visual, backend=self.host.backend)
-        proxy = None
-        if built.needs_vfm:
-            proxy = load_vfm(
-                vfm if vfm is not None else LAYER,
-                tower=built.tower,
-                mean=self.loaded.mean,
-                std=self.loaded.std,
-                pretrained=vfm_pretrained,
-                cache_dir=cache_dir,
-            )
-        return self._like_this(name, built, proxy, self._feedback)
+        check_vfm(host, vfm, vfm_pretrained)
+        built, guide = host_with_vfm(
+            host,
+            self.loaded,
+            LAYER if vfm is None else vfm,
+            vfm_pretrained,
+            backend=self.host.backend,
+            cache_dir=cache_dir,
+        )
+        return self._like_this(host_name(host), built, guide, self._feedback)
 
     def _like_this(
         self, host_name: str, host: hosts.Host, vfm: VFM | None, feedback: bool | FSAConfig
@@ -238,7 +224,7 @@ class Segmentor:
             InputError: those that `segment` accepts with no picture.
         """
         self._sizes(window, stride, short_side)
-        _check_window_batch(window_batch)
+        integer_within("window_batch", window_batch, 1)
         named_background(parse_classes(classes), prob_thd, background)
 
     def segment(
@@ -277,20 +263,26 @@ class Segmentor:
         """
         start = time.perf_counter()
         sizes = self._sizes(window, stride, short_side)
-        _check_window_batch(window_batch)
+        integer_within("window_batch", window_batch, 1)
         picture = read_image(image)
         names, background_index = named_background(parse_classes(classes), prob_thd, background)
         queries = self._text.encode(classes)
         what = f"windows of {sizes.window} pixels, {window_batch} at once, on {self.loaded.device}"
         advice = "lower window_batch, window or short_side"
-        with torch.inference_mode(), named_out_of_memory(what, advice):
+        with (
+            torch.inference_mode(),
+            named_out_of_memory(what, advice),
+            self._naming(picture.label),
+        ):
             cosines = self._merged_cosines(picture, queries, sizes, window_batch, progress)
             labels = label_map(
                 cosines, queries, tuple(picture.rgb.shape[-2:]), prob_thd, background_index
             )
             scores = class_probabilities(cosines, queries)
-        # Waits for the device, so that the time is the whole one.
-        labels, scores = labels.cpu().numpy(), scores.cpu().numpy()
+            # Waits for the device, so that the time is the whole one.
+            labels = labels.cpu().numpy()
+            require_finite(cosines)
+            scores = scores.cpu().numpy()
         settings = {
             "fsa": fsa.__version__,
             "torch": torch.__version__,
@@ -302,7 +294,7 @@ class Segmentor:
             "short_side": sizes.short_side,
             "window": sizes.window,
             "stride": sizes.stride,
-            "prob_thd": prob_thd,
+            "prob_thd": float(prob_thd),
             "background": names[background_index] if background_index is not None else None,
             "classes": [list(c) if not isinstance(c, str) else [c] for c in classes],
             "backend": self.host.backend,
@@ -330,84 +322,68 @@ class Segmentor:
     ) -> PatchAttentions:
         """What one patch of a picture attends to, before and after feedback.
 
+        Args, Raises: as `window_attentions`.
+        """
+        seen = self.window_attentions(
+            image, classes, patch, window=window, stride=stride, short_side=short_side
+        )
+        return seen.of_patch()
+
+    def window_attentions(
+        self,
+        image: Any,
+        classes: Classes,
+        patch: tuple[int, int] | None = None,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        short_side: int | None = None,
+        max_patches: int | None = None,
+    ) -> WindowAttentions:
+        """What the patches of a window attend to, before and after feedback.
+
         Attention never leaves a window; of the windows that show the patch, this is the one whose
         middle is nearest to it.
 
         Args:
             image, classes, window, stride, short_side: as in `segment`.
-            patch: row and column on the grid of patches of the resized picture, from 0.
+            patch: row and column on the grid of patches of the resized picture, from 0; default
+                the patch in the middle.
+            max_patches: a window with more is refused before its attention is computed.
 
         Raises:
-            InputError: as `segment`; a patch that is not there; a segmentor without feedback.
+            InputError: as `segment`; a patch that is not there; too many patches; a segmentor
+                without feedback.
         """
         if self.config is None:
             raise InputError("this segmentor has no feedback to look at: take with_feedback(True)")
         sizes = self._sizes(window, stride, short_side)
-        working = self._working_image(read_image(image), sizes.short_side)
-        height, width = working.shape[-2:]
-        patch_height, patch_width = self.host.tower.patch_size
-        rows, columns = math.ceil(height / patch_height), math.ceil(width / patch_width)
-        if not (0 <= patch[0] < rows and 0 <= patch[1] < columns):
-            raise InputError(
-                f"patch={patch[0]},{patch[1]} is not in the picture: it has rows 0 to {rows - 1} "
-                f"and columns 0 to {columns - 1} of patches"
-            )
-        y = min((patch[0] + 0.5) * patch_height, height - 1)
-        x = min((patch[1] + 0.5) * patch_width, width - 1)
-        parts = windows.plan(height, width, sizes.window, sizes.stride)
-        part = min(parts, key=lambda w: math.hypot(*_from_middle(w, y, x)))
-
+        picture = read_image(image)
+        working = self._working_image(picture, sizes.short_side)
         queries = self._text.encode(classes)
-        padded, (top, left) = self._padded(working[(slice(None), *part.slices)][None])
-        vfm_features, tokens = self._vfm_features(padded)
-        seen = attentions(
-            self.host,
-            padded,
-            queries.features,
-            vfm_features=vfm_features,
-            tokens=tokens,
-            config=self.config,
-        )
-        grid = self.host.grid(*padded.shape[-2:], vfm_features)
-        at = (
-            int((y - part.top + top) * grid[0] / padded.shape[-2]),
-            int((x - part.left + left) * grid[1] / padded.shape[-1]),
-        )
-        index = at[0] * grid[1] + at[1]
-        rows_of = (m[0, index].unflatten(0, grid) for m in (seen.host, seen.feedback, seen.adapted))
-        host, feedback, adapted = (row.float().cpu().numpy() for row in rows_of)
-        return PatchAttentions(
-            size=(height, width),
-            area=windows.Window(part.top - top, part.left - left, *padded.shape[-2:]),
-            patch=at,
-            host=host,
-            feedback=feedback,
-            adapted=adapted,
-        )
+        with self._naming(picture.label):
+            return window_attentions(
+                self, working, queries.features, patch, sizes, max_patches=max_patches
+            )
 
-    def _sizes(self, window: int | None, stride: int | None, short_side: int | None) -> _Protocol:
-        default = _TINY if self.loaded.name == TINY else _PAPER
-        window = default.window if window is None else window
-        sizes = _Protocol(
-            short_side=default.short_side if short_side is None else short_side,
-            window=window,
-            stride=min(default.stride, window) if stride is None else stride,
-        )
-        patch = max(self.host.tower.patch_size)
-        for name, value, least, most in (
-            ("window", sizes.window, patch, _LARGEST_SIDE),
-            ("stride", sizes.stride, 1, sizes.window),
-            ("short_side", sizes.short_side, patch, _LARGEST_SIDE),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise InputError(f"{name}={value!r} must be an integer from {least} to {most}")
-        return sizes
+    def explore(
+        self, image: Any, classes: Classes, out: str | os.PathLike[str], **options: Any
+    ) -> None:
+        """Writes one HTML page to look into feedback; see `fsa.showcase.explorer.explore`."""
+        # The page is made of segmentations, so its module is imported only where one is asked for.
+        from fsa.showcase.explorer import explore
+
+        explore(self, image, classes, out, **options)
+
+    def _sizes(self, window: int | None, stride: int | None, short_side: int | None) -> Sizes:
+        default = TINY_SIZES if self.loaded.name == TINY else PAPER_SIZES
+        return default.override(window, stride, short_side, max(self.host.tower.patch_size))
 
     def _merged_cosines(
         self,
         picture: Picture,
         queries: TextQueries,
-        sizes: _Protocol,
+        sizes: Sizes,
         window_batch: int,
         progress: Callable[[int, int], None] | None,
     ) -> Tensor:
@@ -429,12 +405,20 @@ class Segmentor:
         """The picture resized and normalised, (3,h,w) float32 on the model's device."""
         height, width = picture.rgb.shape[-2:]
         scale = short_side / min(height, width)
-        size = tuple(min(_LARGEST_SIDE, max(1, round(side * scale))) for side in (height, width))
+        size = tuple(min(LARGEST_SIDE, max(1, round(side * scale))) for side in (height, width))
         device = self.loaded.device
         image = picture.rgb.to(device).float()[None] / 255
         if size != (height, width):
             image = functional.interpolate(image, size=size, mode="bilinear", antialias=True)
         return self.normalise(image[0])
+
+    @contextmanager
+    def _naming(self, picture: str) -> Iterator[None]:
+        """Names the picture and the checkpoint where numbers are not finite, wherever it shows."""
+        try:
+            yield
+        except NotFiniteError:
+            raise self.loaded.not_finite(picture) from None
 
     @torch.no_grad()
     def forward(self, windows: Tensor, text_features: Tensor) -> Tensor:
@@ -451,15 +435,17 @@ class Segmentor:
         Raises:
             InputError: as `Host.features`.
         """
-        vfm_features, tokens = self._vfm_features(windows)
-        features = self.host.features(
-            windows, text_features, vfm_features=vfm_features, tokens=tokens, config=self.config
-        )
-        unit = features.float()
-        if not self.host.compared_as_they_are:
-            unit = functional.normalize(unit, dim=-1)
-        grid = self.host.grid(*windows.shape[-2:], vfm_features)
-        return (unit @ text_features.T).transpose(1, 2).unflatten(2, grid)
+        # The model runs in its own type, which under torch.autocast would be lost on the way.
+        with autocast_off(windows):
+            vfm_features, tokens = self.vfm_features(windows)
+            features = self.host.features(
+                windows, text_features, vfm_features=vfm_features, tokens=tokens, config=self.config
+            )
+            unit = features.float()
+            if not self.host.compared_as_they_are:
+                unit = functional.normalize(unit, dim=-1)
+            grid = self.host.grid(*windows.shape[-2:], vfm_features)
+            return (unit @ text_features.T).transpose(1, 2).unflatten(2, grid)
 
     def encode(self, classes: Classes, *, allow_repeats: bool = False) -> TextQueries:
         """The text queries of a class list; see `fsa.models.text.TextEncoder.encode`."""
@@ -477,7 +463,7 @@ class Segmentor:
             queries: from `encode`.
         """
         height, width = crops.shape[-2:]
-        padded, (top, left) = self._padded(crops)
+        padded, (top, left) = self.padded(crops)
         forward = self.forward if self.graphs is None else self.graphs
         cosines = forward(padded, queries.features)
         # One window at a time: at full size all of them, for all queries, are large.
@@ -485,52 +471,13 @@ class Segmentor:
             maps = functional.interpolate(maps, size=padded.shape[-2:], mode="bilinear")
             yield maps[0, :, top : top + height, left : left + width]
 
-    def _vfm_features(self, windows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def vfm_features(self, windows: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What the vfm makes of windows, and CLIP's tokens where they come with it."""
         return self.vfm.with_trunk(windows, self.host.tower) if self.vfm else (None, None)
 
-    def _padded(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def padded(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Windows padded to whole patches, in the model's type, and where they begin in that."""
         of_vfm = self.vfm.multiple if self.vfm else 1
         multiple = tuple(math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
         padded, corner = windows.pad_to_multiple(crops, multiple)
         return padded.to(self.loaded.dtype), corner
-
-
-def _from_middle(window: windows.Window, y: float, x: float) -> tuple[float, float]:
-    return window.top + window.height / 2 - y, window.left + window.width / 2 - x
-
-
-def _host_name(host: str | hosts.AttentionFunction) -> str:
-    return host if isinstance(host, str) else getattr(host, "__name__", type(host).__name__)
-
-
-def _check_vfm(
-    host: str | hosts.AttentionFunction,
-    vfm: str | Callable[[Tensor], Tensor] | None,
-    vfm_pretrained: bool | str | None,
-) -> None:
-    if hosts.host_class(host).needs_vfm:
-        return
-    name = _host_name(host)
-    if vfm is not None:
-        raise InputError(f"vfm was given, but host {name!r} takes none; it is for 'proxyclip'")
-    if vfm_pretrained is not None:
-        raise InputError(
-            f"vfm_pretrained was given, but host {name!r} takes no vfm; it is for 'proxyclip'"
-        )
-
-
-def _resolve_feedback(feedback: bool | FSAConfig, vfm: VFM | None, model: str) -> FSAConfig | None:
-    if isinstance(feedback, FSAConfig):
-        return feedback
-    if not isinstance(feedback, bool):
-        raise InputError(
-            f"feedback must be True, False or an FSAConfig, not {type(feedback).__name__}"
-        )
-    return FSAConfig.preset(vfm=vfm.name if vfm else None, model=model) if feedback else None
-
-
-def _check_window_batch(window_batch: int) -> None:
-    if isinstance(window_batch, bool) or not isinstance(window_batch, int) or window_batch < 1:
-        raise InputError(f"window_batch={window_batch!r} must be an integer >= 1")

@@ -18,7 +18,7 @@ import fsa
 from fsa import hosts, ops, tiny
 from fsa.cli import app as cli
 from fsa.cli import options as cli_options
-from fsa.segment import segmentor
+from fsa.segment import sizes
 
 SMALL = ["--short-side", "64", "--window", "48", "--stride", "24"]
 
@@ -84,7 +84,7 @@ def test_without_feedback(run, picture, tmp_path):
 
 def test_classes_from_a_file(run, picture, tmp_path):
     file = tmp_path / "classes.txt"
-    file.write_text("cat, kitty\n\ngrass\n")
+    file.write_text("cat, kitty\ngrass\n\n")
     out = tmp_path / "out"
     assert run("segment", picture, "--classes-file", file, "--out", out, *SMALL)[0] == 0
     assert json.loads((out / "cat.json").read_text())["classes"] == ["cat", "grass"]
@@ -120,7 +120,7 @@ def test_one_bad_picture_does_not_stop_the_others(run, picture, tmp_path):
         (["--classes", "cat; dog,"], "not a name"),
         (["--classes", "cat", "--model", "ViT-B-61"], "close to it: ViT-B-16"),
         (["--classes", "cat", "--model", "ViT-B-16", "--pretrained", "x.pt"], "no such file"),
-        (["--classes", "cat", "--vfm", "dino"], "takes none"),
+        (["--classes", "cat", "--vfm", "dino"], "takes no vfm"),
         (["--classes", "cat", "--device", "cuda:77"], "is not there"),
         (["--classes", "cat", "--beta", "nan"], "beta=nan"),
         (["--classes", "cat", "--confidence", "2"], "confidence=2.0"),
@@ -221,7 +221,7 @@ def test_choices_are_those_of_the_library():
 
 def test_help_says_the_defaults_of_the_segmentor(run):
     stdout = " ".join(run("segment", "--help")[1].split())
-    paper, embedded = segmentor._PAPER, segmentor._TINY
+    paper, embedded = sizes.PAPER_SIZES, sizes.TINY_SIZES
     for of_paper, of_tiny in zip(astuple(paper), astuple(embedded), strict=True):
         assert f"default {of_paper}, with tiny {of_tiny}." in stdout
 
@@ -275,9 +275,9 @@ def test_the_demo_shows_every_host_with_and_without(run, tmp_path, monkeypatch):
     assert code == 0
     for name in ("MaskCLIP", "SCLIP", "ClearCLIP", "ProxyCLIP"):
         line = next(line for line in stdout.splitlines() if line.startswith(name))
-        alone, adapted, gain = (float(word) for word in line.split()[1:4])
-        assert 0 <= alone <= 100
+        host_score, adapted, gain = (float(word) for word in line.split()[1:4])
+        assert 0 <= host_score <= 100
         assert 0 <= adapted <= 100
-        assert abs(adapted - alone - gain) < 0.11
+        assert abs(adapted - host_score - gain) < 0.11
     with Image.open(file) as figure:
         assert figure.width > 10 * 200

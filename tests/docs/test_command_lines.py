@@ -19,7 +19,7 @@ CLI = get_command(app)
 # What needs weights of others or a benchmark on disk is parsed and not run. The demo takes a while,
 # and tests/cli runs it.
 NEEDS_MORE = {"--model", "/data", "ROOT", "demo"}
-CHECKS = ("ruff check .", "ruff format --check .", "pyright")
+CHECKS = ("ruff check .", "ruff format --check .", "lint-imports", "pyright")
 SITE = "python -m sphinx -n -W --keep-going -b html docs docs/_build/html"
 
 
@@ -73,8 +73,12 @@ def check_pip(words):
 
 
 def check_pytest(words):
-    for word in words[1:]:
+    *paths, marked = (*words[1:], "") if "-m" not in words else (*words[1:-2], words[-1])
+    for word in paths:
         assert word == "--benchmark-only" or (ROOT / word).exists(), word
+    section = (ROOT / "pyproject.toml").read_text().partition("markers = [")[2].partition("]")[0]
+    markers = set(re.findall(r'"(\w+):', section))
+    assert set(re.findall(r"\w+", marked)) <= markers | {"and", "or", "not"}
 
 
 def check_python(words):
@@ -95,6 +99,7 @@ PROGRAMS = {
     "pytest": check_pytest,
     "python": check_python,
     "ruff": check_tool,
+    "lint-imports": check_tool,
     "pyright": check_tool,
 }
 

@@ -221,7 +221,7 @@ def test_a_clearclip_tower_gets_feedback(model_type, ignore_residual):
     matrix = tower.attention(query, key, model_type, value.flatten(0, 1)).unflatten(0, (2, HEADS))
     before = 1
     if model_type == "MaskCLIP":
-        # A patch that attends to itself alone does not attend to the class token.
+        # A patch that attends only to itself does not attend to the class token.
         matrix, value, before = matrix[:, :, 1:, 1:], value[:, :, 1:], 0
     fsa.plug_in(tower, text)
     ours = tower(images, model_type, ignore_residual=ignore_residual)
@@ -310,11 +310,11 @@ def test_half_precision_towers_run(style):
 
 def test_a_method_laid_on_the_object_is_put_back():
     tower = ClearTower()
-    mine = tower.custom_attn
-    tower.custom_attn = mine
+    own_attention = tower.custom_attn
+    tower.custom_attn = own_attention
     fsa.plug_in(tower, pictures(dtype=torch.float32)[1])
     fsa.unplug(tower)
-    assert vars(tower)["custom_attn"] is mine
+    assert vars(tower)["custom_attn"] is own_attention
 
 
 def test_other_blocks_and_the_attention_itself_stay_the_towers():

@@ -168,64 +168,130 @@ def test_rows_too_long_for_registers_are_searched_the_same_way(config, monkeypat
 
 @pytest.fixture
 def search_steps(monkeypatch):
-    """How many steps the search for each row's threshold takes, row by row."""
+    """Of rows in so many registers, how many steps the search for each row's threshold takes.
+
+    Without those of the search on every eighth entry, which comes first where there is one.
+    """
     from fsa_kernels import select
 
     if not fsa_kernels.interpreting():
         pytest.skip("steps are counted in Triton's interpreter")
-    pivot, steps = select._pivot, []
+    search, pivot, steps = select._search, select._pivot, []
 
-    def counting(low, high, excess, lack, step):
-        if int(step) == 0:
+    def of_rows(BLOCK_N):
+        def counting_search(S, *arguments):
             steps.append(0)
-        steps[-1] += 1
-        return pivot(low, high, excess, lack, step)
+            threshold = search(S, *arguments)
+            if S.numel < BLOCK_N:
+                steps.pop()
+            return threshold
 
-    monkeypatch.setattr(select, "_pivot", counting)
-    return steps
+        def counting_pivot(*arguments):
+            steps[-1] += 1
+            return pivot(*arguments)
+
+        monkeypatch.setattr(select, "_search", counting_search)
+        monkeypatch.setattr(select, "_pivot", counting_pivot)
+        return steps
+
+    return of_rows
 
 
-def test_the_search_takes_few_steps(search_steps):
-    logits, uniform = (tensor.float() for tensor in segment_logits(196, 21))
-    attention_of(logits, uniform)
-    # The middle of the interval every time would take 9.3, and 12 at most.
-    assert len(search_steps) == 196
-    assert sum(search_steps) / 196 < 7.5
-    assert max(search_steps) <= 12
+def select_rows(similarities, config, *, dtype=torch.float32):
+    """A_f of rows of similarities (rows,N) by the kernel alone; NaN where nothing was written."""
+    from fsa_kernels import launch, select
+
+    rows, N = similarities.shape
+    S = torch.full((1, rows, launch.padded_row(N)), -math.inf)
+    S[0, :, :N] = similarities
+    names = ("beta", "scaling", "pruning", "confidence", "ratio", "threshold")
+    options = {name: getattr(config, name) for name in names}
+    h = torch.zeros(1, N, device=DEVICE)
+    return select.select(S.to(DEVICE), h, 0, dtype, **options)[0].cpu()
 
 
-def kept_of_a_row(similarities, share):
-    """What the search keeps of a row of similarities, in their order."""
-    from fsa_kernels import select
+def similarities_of(logits, uniform, every=1):
+    """Every so many rows of the similarities (N,N) of one image, by one product."""
+    probabilities = reference.isolated_probabilities(logits, uniform)[0]
+    logarithms = (probabilities + 1e-10).log()
+    h = (probabilities * logarithms).sum(dim=-1, keepdim=True)
+    divergence = (h - probabilities @ logarithms.T).clamp(min=0)
+    return 1 / (1 + divergence[::every])
 
-    N = len(similarities)
-    padded = -(-N // 64) * 64
-    row = torch.full((1, 1, padded), -1.0)
-    row[0, 0, :N] = similarities
-    out, h = torch.empty(1, 1, padded), torch.zeros(1, N)
-    select._select_kernel[(1,)](
-        *(row, h, out, N, 0, 1, padded, padded, 0.0, share, 0.0),
-        PRUNING=0,
-        SCALING=False,
-        BLOCK_N=1 << (padded - 1).bit_length(),
-    )
-    return out[0, 0, :N] > 0
+
+@pytest.mark.parametrize(
+    ("N", "C", "rows", "mean", "most"), [(196, 21, 98, 5.0, 9), (1764, 171, 84, 5.5, 10)]
+)
+def test_the_search_takes_few_steps(N, C, rows, mean, most, search_steps):
+    # Bisection takes 9.3 steps at 196 patches, and 12 at most.
+    steps = search_steps(1 << (N - 1).bit_length())
+    similarities = similarities_of(*segment_logits(N, C), every=N // rows)
+    select_rows(similarities.float(), FSAConfig())
+    assert len(steps) == rows
+    assert sum(steps) / rows < mean
+    assert max(steps) <= most
+
+
+def kept_of_a_row(similarities, confidence):
+    """What is kept of one row of similarities."""
+    return select_rows(similarities[None], FSAConfig(confidence=confidence, scaling=False))[0] > 0
 
 
 def test_the_search_ends_where_similarities_double_one_by_one(search_steps):
+    steps = search_steps(64)
     similarities = 2.0 ** -torch.arange(60)
     confidence = similarities.double().softmax(dim=0).cumsum(dim=0)
     assert torch.equal(kept_of_a_row(similarities, 0.45), confidence <= 0.45)
-    assert search_steps[0] <= 30
+    assert len(steps) == 1
+    assert steps[0] <= 30
 
 
 def test_the_search_is_quick_where_the_mass_is_least_even(search_steps):
     # Nearly all of it at the top, and the threshold among the few below, which interpolation alone
     # passes one by one: in 21 steps.
+    steps = search_steps(512)
     similarities = torch.cat([torch.linspace(1, 0.999, 412), torch.linspace(0.6, 0, 100)])
     confidence = similarities.double().softmax(dim=0).cumsum(dim=0)
     assert torch.equal(kept_of_a_row(similarities, 0.9183), confidence <= 0.9183)
-    assert search_steps[0] <= 12
+    assert len(steps) == 1
+    assert steps[0] <= 12
+
+
+@pytest.fixture(params=[False, True], ids=["in registers", "in pieces"])
+def long_rows(request, monkeypatch):
+    """Rows that are held in registers, and rows that come in pieces of 64."""
+    from fsa_kernels import launch
+
+    if request.param:
+        monkeypatch.setattr(launch, "LONGEST_ROW_IN_REGISTERS", 0)
+        monkeypatch.setattr(launch, "select_long", lambda: launch.Launch({"BLOCK_N": 64}, 1))
+    return request.param
+
+
+@pytest.mark.parametrize("pruning", ["confidence", "ratio"])
+@pytest.mark.parametrize("N", [40, 300])
+def test_similarities_one_rounding_step_apart_are_told_apart(N, pruning, long_rows):
+    generator = torch.Generator().manual_seed(N)
+    steps = torch.randperm(N, generator=generator).int()
+    similarities = (torch.tensor(0.7).view(torch.int32) + steps).view(torch.float32)
+    config = FSAConfig(pruning=pruning, ratio=0.45, confidence=0.45)
+    kept = select_rows(similarities[None], config)[0] > 0
+    # All weights are the same but for the last bits, so both keep 45% of the row.
+    count = math.floor(0.45 * N)
+    assert kept.sum() in ((count, count - 1) if pruning == "confidence" else (count,))
+    assert similarities[kept].min() > similarities[~kept].max()
+
+
+@pytest.mark.parametrize("config", FORMS[:4], ids=form_id)
+@pytest.mark.parametrize("N", [40, 300])
+def test_rows_of_two_values_keep_ties_lowest_index_first(N, config, long_rows):
+    generator = torch.Generator().manual_seed(N)
+    few, many = (torch.rand(2, N, generator=generator) < share for share in (0.2, 0.7))
+    rows = torch.cat([torch.where(high, 0.9, 0.3) for high in (few, many)])
+    exact = reference.kept_patches(rows.double()[None], config)[0]
+    assert 0 < exact.sum() < exact.numel()
+    feedback = select_rows(rows, config)
+    assert torch.equal(feedback > 0, exact)
 
 
 @pytest.mark.parametrize("long_rows", [False, True])

@@ -320,6 +320,7 @@ def test_a_link_in_the_output_directory_is_replaced_and_not_followed(result, tmp
     assert victim.read_text() == "precious"
     assert json.loads((folder / "picture.json").read_text())["picture"] == {
         "name": "picture",
+        "path": None,
         "width": 5,
         "height": 4,
     }

@@ -266,7 +266,7 @@ def test_another_host_takes_what_load_segmentor_takes(clearclip, monkeypatch):
         calls.append((vfm, options["pretrained"], options["cache_dir"]))
         return load_vfm("layer", tower=options["tower"], mean=(0.5,) * 3, std=(0.5,) * 3)
 
-    monkeypatch.setattr(segmentor, "load_vfm", remember)
+    monkeypatch.setattr("fsa.segment.assembly.load_vfm", remember)
     clearclip.with_host("proxyclip", vfm="dino", vfm_pretrained="x.pt", cache_dir="here")
     clearclip.with_host("proxyclip")
     assert calls == [("dino", "x.pt", "here"), ("layer", None, None)]
@@ -311,7 +311,7 @@ def test_bad_options_are_refused_by_name(options, message, clearclip, picture):
     ("options", "message"),
     [
         ({"host": "superclip"}, "host='superclip' is not known"),
-        ({"vfm": "dino"}, "host 'clearclip' takes none"),
+        ({"vfm": "dino"}, "host 'clearclip' takes no vfm"),
         ({"vfm_pretrained": False}, "host 'clearclip' takes no vfm"),
         ({"feedback": 1}, "feedback must be True, False or an FSAConfig, not int"),
         ({"backend": "cuda"}, "backend='cuda' is not known"),
@@ -338,7 +338,7 @@ def test_a_result_is_saved_whole(clearclip, picture, tmp_path):
         assert labels.mode == "P"
         assert np.array_equal(np.asarray(labels), result.labels)
     record = json.loads(files["json"].read_text())
-    assert record["picture"] == {"name": "picture", "width": 90, "height": 60}
+    assert record["picture"] == {"name": "picture", "path": None, "width": 90, "height": 60}
     assert record["classes"] == ["cat", "dog", "grass"]
     assert record["settings"]["stride"] == 24
     assert set(record["areas"]) == {"cat", "dog", "grass"}
@@ -366,7 +366,7 @@ def test_output_that_cannot_be_written_is_refused_by_name(clearclip, picture, tm
     assert stat.S_ISDIR(taken.stat().st_mode)
 
 
-# Measured 0.40 without and 0.38 with feedback; a picture of one class alone would reach about 0.15.
+# Measured 0.40 without and 0.38 with feedback; a picture of only one class would reach about 0.15.
 QUALITY = 0.3
 
 
