@@ -17,7 +17,7 @@ import fsa
 from fsa import hosts
 from fsa.arguments import integer_within
 from fsa.classes import Classes, parse_classes
-from fsa.config import FSAConfig
+from fsa.config import SEGMENTATION_SCALE, FSAConfig, logit_scale_factor
 from fsa.errors import InputError, NotFiniteError, named_out_of_memory
 from fsa.models.guides import LAYER, VFM
 from fsa.models.loading import TINY, LoadedModel, load_model
@@ -125,6 +125,7 @@ class Segmentor:
         loaded: the CLIP model.
         vfm: ProxyCLIP's other model, or None.
         config: how feedback is computed, or None for the baseline.
+        logit_scale: of the merged cosines before the softmax over queries.
         graphs: the CUDA graphs of `forward`, or None where it runs eagerly.
 
     Raises:
@@ -151,7 +152,8 @@ class Segmentor:
         self.host = host
         self.loaded = loaded
         self.vfm = vfm
-        self.config = resolve_feedback(feedback, vfm, loaded.name)
+        self.config = resolve_feedback(feedback, vfm, loaded)
+        self.logit_scale = SEGMENTATION_SCALE * logit_scale_factor(loaded.temperature)
         self._feedback = feedback
         self._text = text
         # Made once, on the device: a copy from the host would wait for it in every picture.
@@ -276,9 +278,14 @@ class Segmentor:
         ):
             cosines = self._merged_cosines(picture, queries, sizes, window_batch, progress)
             labels = label_map(
-                cosines, queries, tuple(picture.rgb.shape[-2:]), prob_thd, background_index
+                cosines,
+                queries,
+                tuple(picture.rgb.shape[-2:]),
+                prob_thd,
+                background_index,
+                scale=self.logit_scale,
             )
-            scores = class_probabilities(cosines, queries)
+            scores = class_probabilities(cosines, queries, self.logit_scale)
             # Waits for the device, so that the time is the whole one.
             labels = labels.cpu().numpy()
             require_finite(cosines)
