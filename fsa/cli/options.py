@@ -26,6 +26,8 @@ class HostName(str, Enum):
     clearclip = "clearclip"
     proxyclip = "proxyclip"
     naclip = "naclip"
+    segearth = "segearth"
+    pearl = "pearl"
     qk = "qk"
     qq = "qq"
     kk = "kk"

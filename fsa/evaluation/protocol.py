@@ -83,12 +83,16 @@ FAMILIES: dict[str, str] = {
 """Short side / window / stride of each family of presets."""
 
 # FSA keeps each method's own data pipeline. MaskCLIP's numbers in the comparison tables
-# come from SCLIP's, and the attention types were run in ProxyCLIP's code.
+# come from SCLIP's, and the attention types were run in ProxyCLIP's code. SegEarth-OV's sizes and
+# scale are ClearCLIP's; PEARL's sizes are SCLIP's, but for VOC, whose pictures it does not cut into
+# windows, and its thresholds and scale are its own.
 _FAMILY_OF_HOST = {
     "clip": "sclip",
     "maskclip": "sclip",
     "sclip": "sclip",
     "naclip": "naclip",
+    "segearth": "clearclip",
+    "pearl": "sclip",
     "clearclip": "clearclip",
     "proxyclip": "fsa",
     "qk": "fsa",

@@ -82,6 +82,17 @@ class LoadedModel:
         )
 
     @property
+    def temperature(self) -> float | None:
+        """What cosines were multiplied with in training, of a model trained with a sigmoid.
+
+        None for one trained with a softmax. A bias tells them apart; see
+        `fsa.config.logit_scale_factor`.
+        """
+        if getattr(self.model, "logit_bias", None) is None:
+            return None
+        return float(self.model.logit_scale.float().exp())
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.model.visual.parameters()).dtype
 

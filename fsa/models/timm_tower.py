@@ -71,6 +71,7 @@ class TimmTower(Tower):
         self.visual = visual
         trunk = visual.trunk
         self.prefix_tokens = trunk.num_prefix_tokens
+        self.has_class_token = trunk.cls_token is not None
         self.patch_size = tuple(trunk.patch_embed.feat_ratio(as_scalar=False))
         self.width = trunk.embed_dim
         self.heads = self.last.attn.num_heads

@@ -22,6 +22,7 @@ class Tower(nn.Module):
 
     Attributes:
         prefix_tokens: how many tokens come before the patches': the class token.
+        has_class_token: whether the first of all tokens is a class token.
 
     Args:
         visual: the `visual` part of an open_clip model; used as it is, neither copied nor changed.
@@ -31,6 +32,7 @@ class Tower(nn.Module):
     """
 
     prefix_tokens = 1
+    has_class_token = True
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()

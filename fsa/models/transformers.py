@@ -226,6 +226,7 @@ class SiglipTower(_TransformersTower):
     """
 
     prefix_tokens = 0
+    has_class_token = False
     # No host was published on SigLIP: as transformers itself resizes its positions.
     position_offset = 0.0
 

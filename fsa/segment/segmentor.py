@@ -17,7 +17,7 @@ import fsa
 from fsa import hosts
 from fsa.arguments import integer_within
 from fsa.classes import Classes, parse_classes
-from fsa.config import FSAConfig
+from fsa.config import SEGMENTATION_SCALE, FSAConfig, logit_scale_factor
 from fsa.errors import InputError, NotFiniteError, named_out_of_memory
 from fsa.models.guides import LAYER, VFM
 from fsa.models.loading import TINY, LoadedModel, load_model
@@ -62,7 +62,8 @@ def load_segmentor(
         host: one of `fsa.hosts.names()`, or a function that returns the attention between patches;
             see `fsa.hosts.build`.
         model: "tiny", the embedded model, or a name of open_clip's such as "ViT-B-16"; or a
-            `CLIPModel` or `SiglipModel` of transformers, with its `processor`.
+            `CLIPModel`, `SiglipModel` or another that `fsa.models.transformers.from_transformers`
+            takes, with its `processor`.
         pretrained: a tag of open_clip's or the path of a checkpoint; see
             `fsa.models.loading.load_model`.
         vfm: for "proxyclip" only: see `fsa.models.guides.load_vfm`; default "dino", and for the
@@ -123,6 +124,7 @@ class Segmentor:
         loaded: the CLIP model.
         vfm: ProxyCLIP's other model, or None.
         config: how feedback is computed, or None for the baseline.
+        logit_scale: of the merged cosines before the softmax over queries.
         graphs: the CUDA graphs of `forward`, or None where it runs eagerly.
 
     Raises:
@@ -147,7 +149,8 @@ class Segmentor:
         self.graphs = GraphCache(self.forward) if cuda_graph else None
         self.host_name, self.host = host_name, host
         self.loaded, self.vfm = loaded, vfm
-        self.config = resolve_feedback(feedback, vfm, loaded.name)
+        self.config = resolve_feedback(feedback, vfm, loaded)
+        self.logit_scale = SEGMENTATION_SCALE * logit_scale_factor(loaded.temperature)
         self._feedback = feedback
         self._text = text
         # Made once, on the device: a copy from the host would wait for it in every picture.
@@ -285,9 +288,14 @@ class Segmentor:
         with torch.inference_mode(), named_out_of_memory(what, advice), not_finite:
             cosines = self._merged_cosines(picture, queries, sizes, window_batch, progress)
             labels = label_map(
-                cosines, queries, tuple(picture.rgb.shape[-2:]), prob_thd, background_index
+                cosines,
+                queries,
+                tuple(picture.rgb.shape[-2:]),
+                prob_thd,
+                background_index,
+                scale=self.logit_scale,
             )
-            scores = class_probabilities(cosines, queries)
+            scores = class_probabilities(cosines, queries, self.logit_scale)
             # Waits for the device, so that the time is the whole one.
             labels = labels.cpu().numpy()
             require_finite(cosines)
@@ -442,7 +450,9 @@ class Segmentor:
             features = self.host.features(
                 windows, text_features, vfm_features=vfm_features, tokens=tokens, config=self.config
             )
-            unit = functional.normalize(features.float(), dim=-1)
+            unit = features.float()
+            if not self.host.compared_as_they_are:
+                unit = functional.normalize(unit, dim=-1)
             grid = self.host.grid(*windows.shape[-2:], vfm_features)
             return (unit @ text_features.T).transpose(1, 2).unflatten(2, grid)
 

@@ -115,10 +115,13 @@ class ClearTower(TowerOf2024):
 
     def custom_attn(self, attn_layer, x, model_type="ClearCLIP"):
         query, key, value = per_head(attn_layer, x)
-        return gathered(attn_layer, self.attention(query, key, model_type), value, x.shape[1])
+        weights = self.attention(query, key, model_type, value)
+        return gathered(attn_layer, weights, value, x.shape[1])
 
     @staticmethod
-    def attention(query, key, model_type):
+    def attention(query, key, model_type, value):
+        if model_type == "SegEarth":
+            return sum(weights_of(inputs, inputs) for inputs in (query, key, value))
         if model_type == "ClearCLIP":
             return weights_of(query, query)
         if model_type == "SCLIP":
@@ -210,12 +213,12 @@ def test_a_proxyclip_tower_gets_feedback():
 
 
 @pytest.mark.parametrize("ignore_residual", [True, False])
-@pytest.mark.parametrize("model_type", ["ClearCLIP", "SCLIP", "MaskCLIP", "vanilla"])
+@pytest.mark.parametrize("model_type", ["ClearCLIP", "SCLIP", "MaskCLIP", "vanilla", "SegEarth"])
 def test_a_clearclip_tower_gets_feedback(model_type, ignore_residual):
     tower = ClearTower().double()
     images, text, _ = pictures(B=2)
     query, key, value = last_block(tower, images)
-    matrix = tower.attention(query, key, model_type).unflatten(0, (2, HEADS))
+    matrix = tower.attention(query, key, model_type, value.flatten(0, 1)).unflatten(0, (2, HEADS))
     before = 1
     if model_type == "MaskCLIP":
         # A patch that attends only to itself does not attend to the class token.
@@ -330,7 +333,7 @@ def test_other_blocks_and_the_attention_itself_stay_the_towers():
 
 class OtherAttention(ClearTower):
     @staticmethod
-    def attention(query, key, model_type):
+    def attention(query, key, model_type, value):
         return weights_of(key, key)
 
 
