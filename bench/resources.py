@@ -141,7 +141,7 @@ def variants() -> Iterator[Variant]:
                 predict._predict_kernel,
                 {"x_ptr": pointer, "u_ptr": pointer, "text_ptr": "*fp32"}
                 | {"logits_ptr": "*fp32", "operands_ptr": "*fp16", "h_ptr": "*fp32"},
-                launch.predict(171, uniform_row),
+                launch.predict(171, uniform_row, dtype),
                 UNIFORM_ROW=uniform_row,
                 UNIFORM_TILE=not uniform_row,
                 COSINE=False,
