@@ -2,9 +2,10 @@
 
 python -m bench cpu         the rows for the CPU -> bench/results/cpu.json
 python -m bench gpu         the rows for a GPU, those that matter first, in under 8 minutes
-                            -> bench/results/gpu.json
+                            -> bench/results/gpu.json; --rehearse does a session without a GPU
 python -m bench memory      peak extra memory of the PyTorch path at the promised size
 python -m bench launches    what a forward launches, without and with feedback; needs no GPU
+python -m bench overhead    what calls cost in Python before a GPU has anything to do; needs none
 python -m bench driver      real calls of every kernel over a CUDA driver that does nothing
 python -m bench resources   what the kernels take of a chip, from the code that real calls launch;
                             needs no GPU -> bench/results/resources-triton-X.Y.txt
@@ -27,6 +28,7 @@ COMMANDS = {
     "gpu": "bench.measure.runner",
     "memory": "bench.measure.memory",
     "launches": "bench.measure.launches",
+    "overhead": "bench.measure.overhead",
     "driver": "bench.measure.driver",
     "resources": "bench.measure.resources",
     "quality": "bench.quality.run",

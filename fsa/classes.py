@@ -115,8 +115,11 @@ def _names_in(entry: str) -> list[str]:
 def read_class_file(file: str | os.PathLike[str]) -> list[list[str]]:
     """Classes from a text file in UTF-8, one class a line, its synonyms parted by commas.
 
+    A line may hold several classes, parted by semicolons. Empty lines may follow the last class.
+
     Raises:
-        InputError: a file that cannot be read, is no text or has more than 16 MiB; and as
+        InputError: a file that cannot be read, is no text or has more than 16 MiB; an empty line
+            before the last class, which would move every later class to another number; and as
             `parse_classes`. The message names the file.
     """
     path = Path(file)
@@ -134,7 +137,14 @@ def read_class_file(file: str | os.PathLike[str]) -> list[list[str]]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path}: the classes cannot be read ({reason})") from None
+    lines = text.rstrip().splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise InputError(
+                f"{path}: line {number} is empty, and the classes below it would get other "
+                "numbers; name a class there, or take the line out"
+            )
     try:
-        return parse_class_text(" ;".join(text.splitlines()))
+        return parse_class_text(" ;".join(lines))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

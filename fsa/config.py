@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -24,12 +25,23 @@ PROBABILITY_FLOOR = 1e-10
 SEGMENTATION_SCALE = 40.0
 """The merged cosines are multiplied with it before the softmax over queries."""
 
+SOFTMAX_TEMPERATURE = 100.0
+"""What CLIP's cosines were multiplied with at the end of its training, by which the logit scales of
+the published methods were chosen."""
+
 PROXY_SHIFT = 1.2
 PROXY_GAIN = 3.0
 """ProxyCLIP's own constants: s <- (s - shift * mean(s)) * gain, negative entries masked."""
 
 NACLIP_STD = 5.0
 """NACLIP's own constant: the deviation of its Gaussian neighbourhood, in patches."""
+
+SEGEARTH_CLASS_WEIGHT = 0.3
+"""SegEarth-OV's own constant: how much of the class token's cosines is subtracted."""
+
+PEARL_STEPS = 5
+PEARL_KEY_WEIGHT = 0.08
+"""PEARL's own constants: Newton-Schulz steps, and the weight of the keys' own product."""
 
 # The published code's values of beta (the paper's text says 2 for all of them).
 _BETA_DEFAULT = 3.0
@@ -134,13 +146,19 @@ class FSAConfig:
 
     @classmethod
     def preset(
-        cls, vfm: str | None = None, model: str | None = None, **overrides: Any
+        cls,
+        vfm: str | None = None,
+        model: str | None = None,
+        temperature: float | None = None,
+        **overrides: Any,
     ) -> FSAConfig:
         """The published values for a proxy model and a CLIP backbone.
 
         Args:
             vfm: name of the proxy model ("dino", "dinov2", "sam", "mae", ...) or None.
             model: open_clip name of the backbone ("ViT-B-16", "ViT-L-14", "ViT-H-14", ...) or None.
+            temperature: exp(logit_scale) of a model that was trained with a sigmoid, such as
+                SigLIP; None for one that was trained with a softmax. See `logit_scale_factor`.
             **overrides: any field of the configuration.
 
         beta is 4.5 for MAE with every backbone, otherwise 2.3 for ViT-H and 3.0 for the rest.
@@ -152,7 +170,11 @@ class FSAConfig:
             beta = _BETA_VIT_H
         else:
             beta = _BETA_DEFAULT
-        return cls(**{"beta": beta, **overrides})
+        factor = logit_scale_factor(temperature)
+        scales = {
+            name: getattr(cls, name) * factor for name in ("logit_scale", "uniform_logit_scale")
+        }
+        return cls(**{"beta": beta, **scales, **overrides})
 
     def replace(self, **changes: Any) -> FSAConfig:
         """A copy with some fields changed, validated like a new one."""
@@ -161,3 +183,28 @@ class FSAConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, ready for JSON."""
         return asdict(self)
+
+
+def logit_scale_factor(temperature: float | None) -> float:
+    """By how much the published logit scales (20, 35 and 40) are multiplied for a model.
+
+    CLIP learns to multiply its cosines by 100 before the softmax, and the published scales are
+    fixed shares of that. A model trained with a sigmoid multiplies them by a temperature of its
+    own, 112 for SigLIP SO400M/14 at 384 pixels, and adds a bias, the same for every class, which
+    drops out of a softmax over classes. Two classes' cosines are thus apart in proportion to
+    1 / temperature, so the scales keep their shares: factor = temperature / 100. No paper has
+    evaluated this, nor FSA on any sigmoid-trained model.
+
+    Args:
+        temperature: exp(logit_scale) of a model trained with a sigmoid; None for a softmax: 1.
+
+    Raises:
+        InputError: a temperature that is not finite and positive.
+    """
+    if temperature is None:
+        return 1.0
+    if not 0 < temperature < math.inf:
+        raise InputError(
+            f"temperature={temperature!r} is not accepted: it must be finite and positive"
+        )
+    return temperature / SOFTMAX_TEMPERATURE

@@ -178,7 +178,9 @@ def gather(
     plan = launch.gather()
     programs = plan.blocks(MEAN_COLUMNS=D) + plan.blocks(BLOCK_N=N, BLOCK_D=D)
     with runtime.on_device(value):
-        _gather_kernel[(programs, B)](
+        runtime.launch(
+            _gather_kernel,
+            (programs, B),
             value,
             attended,
             gathered,
@@ -187,9 +189,9 @@ def gather(
             L,
             D,
             d,
-            scale,
-            *value.stride(),
-            *attended.stride(),
+            float(scale),
+            *runtime.strides(value),
+            *runtime.strides(attended),
             AFTER=after,
             BEFORE=before,
             ONLY=only,

@@ -249,15 +249,17 @@ def isolate(patch_logits: Tensor, uniform_logits: Tensor | None, *, cosine: bool
     uniform = patch_logits if uniform_logits is None else uniform_logits.expand_as(patch_logits)
     plan = launch.isolate(C)
     with runtime.on_device(patch_logits):
-        _isolate_kernel[(B * plan.blocks(PATCHES=N),)](
+        runtime.launch(
+            _isolate_kernel,
+            (B * plan.blocks(PATCHES=N),),
             patch_logits,
             uniform,
             operands.halves,
             operands.h,
             N,
             C,
-            *patch_logits.stride(),
-            *uniform.stride(),
+            *runtime.strides(patch_logits),
+            *runtime.strides(uniform),
             operands.halves.stride(0),
             operands.halves.shape[-1],
             HAS_UNIFORM=uniform_logits is not None,

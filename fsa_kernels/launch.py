@@ -24,7 +24,12 @@ class Launch:
     num_stages: int = 1
 
     def arguments(self) -> dict[str, int]:
-        return {**self.constants, "num_warps": self.num_warps, "num_stages": self.num_stages}
+        """Constants and options, as a kernel is called with.
+
+        Multiplications and additions are fused, said here because Triton's default changes.
+        """
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {**self.constants, **options, "enable_fp_fusion": True}
 
     def blocks(self, **sizes: int) -> int:
         """How many blocks cover these sizes, such as BLOCK_N=N, together."""
@@ -124,22 +129,23 @@ def isolate(C: int) -> Launch:
 
 @lru_cache(maxsize=256)
 def predict(C: int, uniform_row: bool) -> Launch:
-    """Features and texts -> the same; one row of the tile may be the image's uniform row."""
+    """Features and texts -> the same; one row of the tile may be the image's uniform row.
+
+    Steps of 64 features take a tenth fewer instructions and spill 16 bytes in places (Triton 3.6).
+    """
     classes = _classes(C)
     rows = {"ROWS": 32, "PATCHES": 32 - _SAMPLES - uniform_row, "SAMPLES": _SAMPLES}
-    product = {"BLOCK_C": 64, "BLOCK_E": 64}
+    product = {"BLOCK_C": 64, "BLOCK_E": 32}
     constants = {**rows, **product, "WHOLE": classes["WHOLE"], "CHUNK_C": classes["BLOCK_C"]}
     return Launch(constants, num_warps=8, num_stages=3)
 
 
 @lru_cache(maxsize=256)
 def similarity(N: int) -> Launch:
-    """The tensor-core product. Larger tiles read the operands less often, smaller ones are more."""
-    if N <= 512:
-        return Launch({"BLOCK_M": 64, "BLOCK_N": 64}, num_warps=4, num_stages=3)
-    if N <= 1024:
-        return Launch({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=3)
-    return Launch({"BLOCK_M": 128, "BLOCK_N": 128}, num_warps=8, num_stages=3)
+    """The tensor-core product. Three tiles of 64 x 128 share a multiprocessor, so that one's
+    epilogue runs beside another's product: at N=1764 all of them are one wave on 132."""
+    block_n = 64 if N <= 512 else 128
+    return Launch({"BLOCK_M": 64, "BLOCK_N": block_n}, num_warps=4, num_stages=3)
 
 
 @lru_cache(maxsize=256)

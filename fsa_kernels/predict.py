@@ -235,7 +235,9 @@ def predict(
     rows = plan.constants["ROWS"] * (2 if uniform_tile else 1)
     logits = torch.empty((programs, rows, padded_C), dtype=torch.float32, device=features.device)
     with runtime.on_device(features):
-        _predict_kernel[(programs,)](
+        runtime.launch(
+            _predict_kernel,
+            (programs,),
             features,
             uniform,
             text_features,
@@ -245,10 +247,10 @@ def predict(
             N,
             C,
             E,
-            scale,
-            uniform_scale,
-            *features.stride(),
-            *uniform.stride(),
+            float(scale),
+            float(uniform_scale),
+            *runtime.strides(features),
+            *runtime.strides(uniform),
             *text_features.stride(),
             operands.halves.stride(0),
             padded_C,

@@ -257,10 +257,29 @@ def prepare(features: Tensor, *, shift: float, gain: float, stored: bool) -> Sta
     blocks = rows.blocks(BLOCK_N=N)
     sums = level.new_empty((B * blocks, padded_F))
     with runtime.on_device(features):
-        _normalise_kernel[(B * blocks,)](
-            features, unit, sums, N, F, *features.stride(), padded_F, **rows.arguments()
+        runtime.launch(
+            _normalise_kernel,
+            (B * blocks,),
+            features,
+            unit,
+            sums,
+            N,
+            F,
+            *runtime.strides(features),
+            padded_F,
+            **rows.arguments(),
         )
-        _level_kernel[(B,)](sums, level, N, blocks, shift, padded_F, **launch.level(F).arguments())
+        runtime.launch(
+            _level_kernel,
+            (B,),
+            sums,
+            level,
+            N,
+            blocks,
+            float(shift),
+            padded_F,
+            **launch.level(F).arguments(),
+        )
     if not stored:
         return unit, level
     return _weights(unit, level, 0, N + 1, gain, launch.weights_dtype(features.dtype))
@@ -327,7 +346,9 @@ def _weights(
     weights = torch.empty((B, rows, padded_N), dtype=dtype, device=unit.device)
     masses = torch.empty((B, tiles_n, rows), dtype=torch.float32, device=unit.device)
     with runtime.on_device(unit):
-        _affinity_kernel[(B * plan.blocks(BLOCK_M=rows, BLOCK_N=N),)](
+        runtime.launch(
+            _affinity_kernel,
+            (B * plan.blocks(BLOCK_M=rows, BLOCK_N=N),),
             unit,
             level,
             weights,
@@ -335,7 +356,7 @@ def _weights(
             N,
             first_row,
             rows,
-            gain,
+            float(gain),
             padded_F,
             padded_N,
             DOT_PRECISION=_dot_precision(unit.dtype),
@@ -364,7 +385,9 @@ def _apply(
     wanted = min(rows, out.shape[1] - first_row)
     plan = launch.apply_affinity(B * N, D, value.dtype, gather=columns is not None)
     with runtime.on_device(value):
-        _apply_kernel[(B * plan.blocks(BLOCK_M=wanted, BLOCK_D=D),)](
+        runtime.launch(
+            _apply_kernel,
+            (B * plan.blocks(BLOCK_M=wanted, BLOCK_D=D),),
             weights,
             masses,
             value,
@@ -376,9 +399,9 @@ def _apply(
             first_row,
             rows,
             wanted,
-            scale,
-            *value.stride(),
-            *(value if add is None else add).stride(),
+            float(scale),
+            *runtime.strides(value),
+            *runtime.strides(value if add is None else add),
             weights.stride(1),
             ADD=add is not None,
             GATHER=columns is not None,

@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fsa_kernels import launch, runtime
+from fsa_kernels.arithmetic import fast_reciprocal
 from fsa_kernels.isolate import SCALE, Operands
 from fsa_kernels.tiles import tile_at
 
 # The similarity of a patch that no row may keep.
-ABSENT: tl.constexpr = tl.constexpr(-1.0)
+ABSENT: tl.constexpr = tl.constexpr(float("-inf"))
 
 
 @triton.jit(do_not_specialize=["N", "first_row", "rows"])
@@ -58,17 +59,18 @@ def _similarity_kernel(
             total = tl.dot(left_low, right_high, total)
             total = tl.dot(left_high, right_low, total)
         total = tl.dot(left_high, right_high, total)
-    total = total / SCALE
+    total *= 1.0 / SCALE
 
     # The padding of a row is absent too, and written, so that rows are read and written in wide
     # pieces.
     h_j = tl.load(h_ptr + b * N + j, mask=j < N, other=float("nan"))
     if COSINE:
-        S = tl.minimum(tl.maximum(total, 0.0), 1.0)
+        # Not by a maximum, which may be -0.0.
+        S = tl.where(total > 0.0, tl.minimum(total, 1.0), 0.0)
     else:
         h_i = tl.load(h_ptr + b * N + i, mask=place < rows, other=0.0)
-        S = 1.0 / (1.0 + tl.maximum(h_i[:, None] - total, 0.0))
-    S = tl.where((h_j == h_j)[None, :], S, ABSENT)
+        S = fast_reciprocal(1.0 + tl.maximum(h_i[:, None] - total, 0.0))
+    S += tl.where(h_j == h_j, 0.0, ABSENT)[None, :]
     out = s_ptr + (b * rows + place)[:, None] * padded_N + j[None, :]
     tl.store(out, S, mask=inside & (j < padded_N)[None, :])
 
@@ -91,7 +93,9 @@ def similarity(
     S = torch.empty((B, rows, padded_N), dtype=torch.float32, device=operands.h.device)
     plan = launch.similarity(N)
     with runtime.on_device(S):
-        _similarity_kernel[(B * plan.blocks(BLOCK_M=rows, BLOCK_N=N),)](
+        runtime.launch(
+            _similarity_kernel,
+            (B * plan.blocks(BLOCK_M=rows, BLOCK_N=N),),
             operands.halves,
             operands.h,
             S,

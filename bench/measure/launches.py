@@ -1,12 +1,18 @@
 """Counts what a segmentor's forward launches on a GPU, op by op, without a GPU.
 
-    python -m bench launches [--hosts NAME,...] [--backbone NAME] [--side PIXELS] [--out FILE]
+    python -m bench launches [--hosts NAME,...] [--backbones NAME,...] [--side PIXELS]
+                             [--out FILE]
 
 Models and tensors that exist in name only, on a device "cuda", go through the forward; every op on
 the way is written down, and inside this library's own ops every kernel. An op of PyTorch's counts
 as one launch unless it only looks at a tensor in another way or sets memory aside, although its
 libraries may take two for one, such as a product that is split and summed: what counts in the end
 is the captured graph of `python -m bench gpu`.
+
+With the launches is counted what they have to do, from shapes: bytes, each tensor that a launch is
+given read or written once; products, the floating-point operations of matrix products in the
+models' type; and other operations in float32, where they matter. `python -m bench tables` predicts
+from it what FSA adds.
 
 An op that would make the host wait for the device, or reads or writes memory of the host, ends the
 count with its name: such a forward cannot be captured in a CUDA graph.
@@ -16,9 +22,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +44,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
+from bench.environment import origin, require_publishable
 from bench.rows.hosts import BACKBONES
 from bench.rows.pictures import clip_segmentor
 from fsa import hosts
@@ -57,22 +67,55 @@ class Synchronises(Exception):
     """A forward does what makes the host wait for the device, or the device for the host."""
 
 
-class _Launches(TorchDispatchMode):
+@dataclass(frozen=True)
+class Work:
+    """What one op has to do.
+
+    Attributes:
+        name: of the op.
+        bytes: read and written.
+        products: floating-point operations of matrix products in the models' type.
+        operations: others, in float32.
+    """
+
+    name: str
+    bytes: int = 0
+    products: int = 0
+    operations: int = 0
+
+    def plus(self, bytes: int = 0, products: int = 0, operations: int = 0) -> Work:
+        """With more to do."""
+        return Work(
+            self.name,
+            self.bytes + bytes,
+            self.products + products,
+            self.operations + operations,
+        )
+
+
+class Launches(TorchDispatchMode):
     """Counts launches by the op that makes them; of this library's ops, by kernel.
 
     Attributes:
         counts: name -> launches.
+        work: what ops had to do -> how often; of this library's ops, all their kernels together.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.work: Counter[Work] = Counter()
         self._within = ""
+        self._open: Work | None = None
 
-    def add(self, name: str, values: Any = ()) -> None:
-        """One launch of a kernel that is given some values."""
+    def add(self, name: str, values: Any = (), products: int = 0) -> None:
+        """One launch of a kernel that is given some values, with the operations of its products."""
         _require_on_device(name, values)
         self.counts[self._within + name] += 1
+        if self._open is None:
+            self.work[Work(name, _bytes(values), products)] += 1
+        else:
+            self._open = self._open.plus(_bytes(values), products)
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None
@@ -94,26 +137,82 @@ class _Launches(TorchDispatchMode):
         if _is_view(func) or _name(func) in _FREE:
             _require_on_device(str(func), (args, kwargs, result))
         else:
-            self.add(f"{func.namespace}::{_name(func)}", (args, kwargs, result))
+            products = _products(func, args, kwargs, result)
+            self.add(f"{func.namespace}::{_name(func)}", (args, kwargs, result), products)
         return result
 
     def _attention(self, query: Tensor, key: Tensor, value: Tensor, *bias: Any) -> Tensor:
         """One kernel on a GPU, which lays the heads of a patch side by side."""
-        self.add("aten::scaled_dot_product_attention", (query, key, value, bias))
-        B, H, N, _ = query.shape
-        return query.new_empty((B, N, H, value.shape[-1])).transpose(1, 2)
+        B, H, N, d = query.shape
+        result = query.new_empty((B, N, H, value.shape[-1])).transpose(1, 2)
+        products = 2 * B * H * N * key.shape[2] * (d + value.shape[-1])
+        tensors = (query, key, value, bias, result)
+        self.add("aten::scaled_dot_product_attention", tensors, products)
+        return result
 
     def _opened(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """Runs the Python function behind one of this library's ops, and counts what it does."""
         definition = _maybe_get_opdef(func)
         if definition is None:
             raise LookupError(f"{func} has no Python function whose launches could be counted")
-        before, self._within = self._within, f"{func.namespace}::{_name(func)}: "
+        name = f"{func.namespace}::{_name(func)}"
+        before = self._within, self._open
+        self._within, self._open = f"{name}: ", Work(name).plus(**_our_work(name, args))
         try:
             with self:
-                return definition._init_fn(*args, **kwargs)
+                result = definition._init_fn(*args, **kwargs)
+            self.work[self._open] += 1
+            return result
         finally:
-            self._within = before
+            self._within, self._open = before
+
+
+def _bytes(values: Any) -> int:
+    """Of all tensors among some values; one that repeats its entries counts what there is."""
+    return sum(
+        min(value.numel() * value.itemsize, value.untyped_storage().nbytes())
+        for value in tree_leaves(values)
+        if isinstance(value, Tensor)
+    )
+
+
+def _products(func: OpOverload, args: Any, kwargs: Any, result: Any) -> int:
+    """Floating-point operations of the matrix products in one of PyTorch's ops."""
+    if _name(func) == "_native_multi_head_attention":
+        B, L, D = args[0].shape
+        # Four projections, scores and their product with the values.
+        return 8 * B * L * D * D + 4 * B * L * L * D
+    count = flop_registry.get(func.overloadpacket)
+    return count(*args, **kwargs, out_val=result) if count else 0
+
+
+# Float32 operations an entry of A_f: the reciprocal, two exponentials, their sums, and some nine
+# passes of the search.
+OPERATIONS_AN_ENTRY = 50
+
+
+def _our_work(name: str, args: Any) -> dict[str, int]:
+    """Products and other operations of one of this library's ops, from its definition."""
+    if name in ("fsa::feedback_attention", "fsa::apply_feedback"):
+        patches, uniform, text = args[:3]
+        B, N, width = patches.shape
+        C = width if text is None else len(text)
+        # Three products of halves.
+        products = 3 * 2 * B * N * N * C
+        if text is not None:
+            # Two of halves, and once more where each patch has a uniform row of its own.
+            each = uniform is not None and uniform.shape[1] == N and N > 1
+            products += 2 * 2 * B * N * width * C * (2 if each else 1)
+        return {"products": products, "operations": OPERATIONS_AN_ENTRY * B * N * N}
+    if name == "fsa::proxy_prepare":
+        B, N, F = args[0].shape
+        return {"products": 2 * B * N * N * F}
+    if name in ("fsa::proxy_apply", "fsa::proxy_gather"):
+        B, N, D = args[2].shape
+        return {"products": 2 * B * N * N * D}
+    if name == "fsa::gather":
+        return {}
+    raise LookupError(f"nothing is known of what {name} has to do")
 
 
 def _name(func: OpOverload) -> str:
@@ -196,8 +295,8 @@ def launches(
     side: int,
     C: int = _CLASSES,
     dtype: torch.dtype = torch.float16,
-) -> Counter[str]:
-    """What one forward of a segmentor launches: name -> how often.
+) -> Launches:
+    """What one forward of a segmentor launches, and what that has to do.
 
     Args:
         host: as `fsa.load_segmentor` takes it.
@@ -211,7 +310,7 @@ def launches(
     Raises:
         Synchronises: the forward could not be captured.
     """
-    counted = _Launches()
+    counted = Launches()
     with _pretended_gpu():
         on_device(visual, dtype)
         if vfm is not None:
@@ -222,7 +321,7 @@ def launches(
         # As `Segmentor.segment` runs it; ops made of others come whole only in this mode.
         with triton_launches(counted.add, run=False), torch.inference_mode(), counted:
             segmentor.forward(windows, text)
-    return counted.counts
+    return counted
 
 
 def _vfm_on_device(vfm: VFM, dtype: torch.dtype) -> None:
@@ -271,24 +370,48 @@ def main(arguments: Sequence[str]) -> int:
     )
     every = ",".join(hosts.names())
     parser.add_argument("--hosts", default=every, help="default: all")
-    parser.add_argument("--backbone", default="ViT-B/16", help="default ViT-B/16")
+    parser.add_argument(
+        "--backbones", default=",".join(BACKBONES), help=f"default {','.join(BACKBONES)}"
+    )
     parser.add_argument("--side", type=int, default=336, help="of the window; default 336")
     parser.add_argument("--out", type=Path, help="writes the counts as JSON, for the tables")
     options = parser.parse_args(arguments[1:])
-    counts = {}
-    for host in options.hosts.split(","):
-        visual, vfm = models(options.backbone, host)
-        off, on = (launches(host, visual, vfm, mode, side=options.side) for mode in (False, True))
-        counts[host] = (off, on)
-    print(report(counts))
+    record: dict[str, Any] = {
+        "environment": origin(arguments),
+        "side": options.side,
+        "classes": _CLASSES,
+        "backbones": {},
+    }
     if options.out is not None:
-        record = {
-            "command": " ".join(["python -m bench", *arguments]),
-            "backbone": options.backbone,
-            "side": options.side,
-            "hosts": {
-                host: {"off": dict(off), "on": dict(on)} for host, (off, on) in counts.items()
-            },
-        }
-        options.out.write_text(json.dumps(record, indent=1) + "\n")
+        require_publishable(record, options.out)
+    for backbone in options.backbones.split(","):
+        counts, found = {}, record["backbones"].setdefault(backbone, {})
+        for host in options.hosts.split(","):
+            visual, vfm = models(backbone, host)
+            off, on = (
+                launches(host, visual, vfm, mode, side=options.side) for mode in (False, True)
+            )
+            counts[host] = (off.counts, on.counts)
+            found[host] = {
+                mode: {"launches": dict(all_of.counts), "work": _work(all_of)}
+                for mode, all_of in (("off", off), ("on", on))
+            }
+        print(f"{backbone}\n\n{report(counts)}\n", flush=True)
+    if options.out is not None:
+        text = json.dumps(record, indent=1)
+        # The numbers of one op on one line.
+        text = re.sub(r"\[\s+(\"[^\"]+\"(?:,\s+\d+)+)\s+\]", _on_one_line, text)
+        options.out.write_text(text + "\n")
     return 0
+
+
+def _work(all_of: Launches) -> list[list[Any]]:
+    """As data: name, how often, bytes, products, operations."""
+    return [
+        [one.name, count, one.bytes, one.products, one.operations]
+        for one, count in all_of.work.items()
+    ]
+
+
+def _on_one_line(match: re.Match[str]) -> str:
+    return "[" + re.sub(r"\s+", " ", match[1]) + "]"

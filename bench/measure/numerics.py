@@ -23,6 +23,9 @@ from tests.support.accuracy import RELATIVE_ERROR, relative_error, unexplained_d
 # (contender, its result) -> what is recorded of it.
 Judge = Callable[[str, Tensor], dict[str, Any]]
 
+# From here on a result is judged by some of its rows, evenly spread, the first and last among them.
+_JUDGED_WHOLE, _JUDGED_ROWS = 4096, 1024
+
 _WIDER = {
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
@@ -71,32 +74,69 @@ def _host_judge(row: HostRow, inputs: HostInputs) -> Judge:
 
 @dataclass(frozen=True)
 class Exact:
-    """What a row's result would be in float64, for the images that are judged.
+    """What a row's result would be in float64, for the images and patches that are judged.
 
     Attributes:
         images: their numbers; of a batch the first and the last.
-        result: A_f (b,N,N), or the adapted values (b,H,N,d).
-        similarities: S (b,N,N); None for steps.
+        patches: numbers (R,) of the patches whose rows are judged.
+        result: of those: A_f (b,R,N), or the adapted values (b,H,R,d).
+        similarities: S (b,R,N); None for steps.
     """
 
     images: list[int]
+    patches: Tensor
     result: Tensor
     similarities: Tensor | None
 
 
+class ExactFeedback:
+    """Rows of A_f in float64, by exact algebra; the tests tie it to the definition.
+
+    Args:
+        patch_logits, uniform_logits: (b,N,C) and (b,1,C), float64.
+    """
+
+    def __init__(self, patch_logits: Tensor, uniform_logits: Tensor) -> None:
+        self._probabilities = reference.isolated_probabilities(patch_logits, uniform_logits)
+        self._log = (self._probabilities + 1e-10).log()
+        self._own = (self._probabilities * self._log).sum(dim=-1, keepdim=True)
+        self._config = FSAConfig()
+
+    def similarities(self, patches: Tensor) -> Tensor:
+        """S (b,R,N) of some patches with all."""
+        product = self._probabilities[:, patches] @ self._log.transpose(1, 2)
+        return 1 / (1 + (self._own[:, patches] - product).clamp(min=0))
+
+    def rows(self, patches: Tensor) -> Tensor:
+        """A_f (b,R,N) of some patches."""
+        S = self.similarities(patches)
+        scaled = reference.scaled_similarity(S, self._config)
+        dropped = ~reference.kept_patches(S, self._config)
+        return scaled.masked_fill(dropped, float("-inf")).softmax(dim=-1)
+
+
 def exact(row: OpRow, inputs: Inputs) -> Exact:
-    """By exact algebra; the tests tie it to the definition."""
+    """What the judged rows of a result should be."""
     images = sorted({0, row.B - 1})
     wide = inputs.images(images)
-    feedback = fsa.feedback_attention(wide.patch_logits, wide.uniform_logits, backend="torch")
-    if row.kind == "step":
-        attention = wide.attention
-        return Exact(images, fsa.adapt(wide.value, feedback, attention, backend="torch"), None)
-    probabilities = reference.isolated_probabilities(wide.patch_logits, wide.uniform_logits)
-    log = (probabilities + 1e-10).log()
-    own = (probabilities * log).sum(dim=-1, keepdim=True)
-    divergence = (own - probabilities @ log.transpose(1, 2)).clamp(min=0)
-    return Exact(images, feedback, 1 / (1 + divergence))
+    N, device = wide.patch_logits.shape[1], wide.patch_logits.device
+    every = torch.arange(N, device=device)
+    # Sorting a long row of every patch in float64 takes as long as the rest of the job.
+    judged = N if N <= _JUDGED_WHOLE else _JUDGED_ROWS
+    patches = torch.linspace(0, N - 1, judged, device=device).round().long()
+    feedback = ExactFeedback(wide.patch_logits, wide.uniform_logits)
+    if row.kind == "op":
+        return Exact(images, patches, feedback.rows(patches), feedback.similarities(patches))
+    # The mean of A_f A V, A A_f V and A_f V; the second needs A_f V of every patch.
+    columns = torch.cat([wide.attended, wide.value], dim=1).transpose(1, 2).flatten(2)
+    product = torch.cat(
+        [feedback.rows(some) @ columns for some in every.split(_JUDGED_ROWS)], dim=1
+    )
+    after, only = product.chunk(2, dim=-1)
+    before = wide.attention[:, patches] @ only
+    mean = (after[:, patches] + before + only[:, patches]) / 3
+    adapted = mean.unflatten(-1, (wide.value.shape[1], -1)).transpose(1, 2)
+    return Exact(images, patches, adapted, None)
 
 
 def judge(result: Tensor, against: Exact) -> dict[str, Any]:
@@ -104,11 +144,15 @@ def judge(result: Tensor, against: Exact) -> dict[str, Any]:
 
     Returns:
         relative_error, of the whole; for A_f also the share of pruning decisions that differ, and
-        how many of them rounding of the threshold does not explain. An entry that float64 keeps
-        but whose value rounds to zero in the result's type is no decision.
+        how many of them rounding of the threshold does not explain; and how many rows were judged
+        where those are not all. An entry that float64 keeps but whose value rounds to zero in the
+        result's type is no decision.
     """
-    judged = result[against.images]
+    rows = result.shape[-2]
+    judged = result[against.images].index_select(-2, against.patches)
     found: dict[str, Any] = {"relative_error": relative_error(judged, against.result)}
+    if len(against.patches) < rows:
+        found["judged_rows"] = len(against.patches)
     if against.similarities is not None:
         kept = against.result > 0
         vanishes = kept & (against.result.to(judged.dtype) == 0)

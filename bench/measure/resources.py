@@ -218,7 +218,7 @@ def main(arguments: Sequence[str]) -> int:
         raise SystemExit(f"resources cannot be read here: {reason}")
     import triton
 
-    from bench.measure.environment import origin, require_publishable
+    from bench.environment import origin, require_publishable
 
     found = origin(["resources"])
     require_publishable(found, options.out)

@@ -2,8 +2,18 @@
 
     python -m bench cpu|gpu [--only op,step,host,picture,memory,numerics] [--budget SECONDS]
                             [--out FILE] [--commit NAME]
+    python -m bench gpu --rehearse [--out FOLDER]
 
-Exits with 1 where this library failed, or was less exact than the tests allow.
+Exits with 1 where this library failed, or was less exact than the tests allow. With --only, what
+the file holds from the same commit, machine and versions stays, so that a run can come in parts. A
+result for bench/results needs code that is committed.
+
+A session with a GPU, each command within ten minutes:
+
+{session}
+
+--rehearse does all of them without a GPU at toy sizes, to see that every command runs; what it
+writes is marked and cannot become a result.
 """
 
 from __future__ import annotations
@@ -13,31 +23,43 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench import RESULTS
+from bench.environment import environment, require_publishable
 from bench.measure import numerics
-from bench.measure.environment import environment
 from bench.measure.worker import Worker
 from bench.rows import registry
-from bench.rows.contenders import Job, is_ours
+from bench.rows.contenders import MEASURES, Job, is_ours
 
-ONLY = ("op", "step", "host", "picture", "memory", "numerics")
+KINDS = ("op", "step", "host", "picture")
+ONLY = (*KINDS, "memory", "numerics")
+
+# The parts of `bench gpu` in order of importance.
+PARTS = ("op,step,memory,numerics", "host,picture")
 
 # Seconds without news of a contender, and beyond the budget, after which it is given up.
 _PATIENCE = {"cuda": 90.0, "cpu": 240.0}
 _GRACE = 20.0
 
+# What two runs must share for one record to hold both.
+_SAME = ("commit", "processor", "gpu", "driver", "cuda", "torch", "triton", "python")
 
-def main(arguments: Sequence[str]) -> int:
-    """Measures; the first argument is "cpu" or "gpu"."""
+
+def main(arguments: Sequence[str], *, rehearsed: Callable[[], None] | None = None) -> int:
+    """Measures; the first argument is "cpu" or "gpu".
+
+    Args:
+        arguments: the command line.
+        rehearsed: for a rehearsal: what makes a process do everything at toy sizes.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description=__doc__,
+        description=__doc__.format(session="\n".join(f"    {line}" for line in session())),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=("cpu", "gpu"))
@@ -45,32 +67,52 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--budget", type=float, default=450, help="seconds; default 450")
     parser.add_argument("--out", type=Path, help="default bench/results/{cpu,gpu}.json")
     parser.add_argument("--commit", help="to record, where the code was copied without its history")
+    parser.add_argument("--rehearse", action="store_true", help="a session, without a GPU")
     options = parser.parse_args(arguments)
-    if options.what == "gpu" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device: `python -m bench gpu` needs one")
     on_gpu = options.what == "gpu"
+    if options.rehearse:
+        if not on_gpu:
+            parser.error("--rehearse is of `bench gpu`")
+        from bench.measure import rehearsal
+
+        return rehearsal.rehearse(options.out)
+    if on_gpu and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device: `python -m bench gpu` needs one; --rehearse needs none")
     record = run(
         registry.GPU if on_gpu else registry.CPU,
         options.out or RESULTS / f"{options.what}.json",
         device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
-        dtype=torch.float16 if on_gpu else torch.float32,
+        # A rehearsal computes on the CPU, where halves take minutes.
+        dtype=torch.float16 if on_gpu and rehearsed is None else torch.float32,
         budget=options.budget,
         only=options.only,
         commit=options.commit,
+        rehearsed=rehearsed,
     )
     for complaint in complaints(record):
         print(complaint, file=sys.stderr)
     return 1 if complaints(record) else 0
 
 
+def session() -> list[str]:
+    """The commands of a session with a GPU."""
+    from bench.measure.rehearsal import gpu_tests
+
+    return [
+        f"python -m pytest {' '.join(gpu_tests())}",
+        *(f"python -m bench gpu --only {part}" for part in PARTS),
+        "python -m bench tables",
+    ]
+
+
 def _only(text: str) -> tuple[str, ...]:
-    wanted = tuple(text.split(","))
-    unknown = set(wanted) - set(ONLY)
+    chosen = tuple(text.split(","))
+    unknown = set(chosen) - set(ONLY)
     if unknown:
         raise argparse.ArgumentTypeError(
             f"{', '.join(sorted(unknown))}: must be of {', '.join(ONLY)}"
         )
-    return wanted
+    return chosen
 
 
 def run(
@@ -82,6 +124,7 @@ def run(
     budget: float,
     only: Sequence[str] = ONLY,
     commit: str | None = None,
+    rehearsed: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Does jobs until the budget is used up; writes the file after every one.
 
@@ -90,8 +133,13 @@ def run(
         file: JSON with the environment and one record per job.
         device, dtype: of the inputs.
         budget: seconds; rows that were not begun by then are left out and named.
-        only: which rows are timed, and whether memory and numerics are measured.
+        only: as `narrowed` takes it; other rows that the file holds of the same code, machine and
+            versions stay.
         commit: of the code; default what git says.
+        rehearsed: makes the worker's process compute toys; the record says so.
+
+    Raises:
+        SystemExit: the file is for publication and the record would not be.
     """
     start = time.monotonic()
     record: dict[str, Any] = {
@@ -102,8 +150,17 @@ def run(
         "rows": [],
         "not_begun": [],
     }
+    if rehearsed:
+        record["rehearsal"] = True
+    require_publishable(record, file)
+    earlier = _earlier(file, record) if set(only) != set(ONLY) else None
+    if earlier is not None:
+        commands = (earlier["environment"]["command"], record["environment"]["command"])
+        record["environment"]["command"] = "; ".join(commands)
+        for key in ("rows", "not_begun"):
+            record[key] += earlier[key]
     file.parent.mkdir(parents=True, exist_ok=True)
-    worker = Worker(device, dtype, _PATIENCE[device.type])
+    worker = Worker(device, dtype, _PATIENCE[device.type], rehearsed)
     try:
         for job in narrowed(jobs, only):
             elapsed = time.monotonic() - start
@@ -119,22 +176,42 @@ def run(
             write(record, file)
     finally:
         worker.stop()
-    record["seconds"] = round(time.monotonic() - start, 1)
+    record["seconds"] = round(
+        time.monotonic() - start + (earlier["seconds"] if earlier is not None else 0), 1
+    )
     write(record, file)
     return record
 
 
+def _earlier(file: Path, record: dict[str, Any]) -> dict[str, Any] | None:
+    """What a file holds of the same code, machine and versions as a record."""
+    if not file.exists():
+        return None
+    earlier = json.loads(file.read_text())
+    same = all(earlier["environment"].get(k) == record["environment"].get(k) for k in _SAME)
+    alike = all(earlier.get(k) == record.get(k) for k in ("dtype", "rehearsal"))
+    return earlier if same and alike and "seconds" in earlier else None
+
+
 def narrowed(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
-    """The jobs, with the measures that are wanted; those without any left out."""
+    """Some of the jobs, with some of their measures.
+
+    Args:
+        jobs: all.
+        only: of `ONLY`. Kinds leave the rows of these kinds, all kinds where none is named; memory
+            and numerics leave these measures, and the time where kinds are named too.
+    """
+    kinds = set(only) & set(KINDS)
+    measures = set(only) - kinds
+    if not measures:
+        measures = set(MEASURES)
+    elif kinds:
+        measures.add("time")
     kept = []
     for job in jobs:
-        measures = tuple(
-            measure
-            for measure in job.measures
-            if (job.row.kind if measure == "time" else measure) in only
-        )
-        if measures:
-            kept.append(Job(job.row, measures))
+        chosen = tuple(measure for measure in job.measures if measure in measures)
+        if chosen and (not kinds or job.row.kind in kinds):
+            kept.append(Job(job.row, chosen))
     return kept
 
 

@@ -3,8 +3,8 @@
 Three figures, each the median with the 20th and the 80th percentile, in ms a call:
 
 series     calls one after another, at least 10 ms of them; on a GPU between two CUDA events
-one_call   GPU only, short calls: one alone, from its start until the device has finished, by the
-           wall clock
+one_call   GPU only, short calls: a single one, from its start until the device has finished, by
+           the wall clock
 graph      likewise: the call captured in a CUDA graph and replayed, between two CUDA events: the
            device's own work, without Python and launches. A short call is captured several times
            in one graph, so that the start of a graph is no part of it; `launches` counts what the
@@ -42,6 +42,8 @@ _NEEDS_NO_WARM_UP_SECONDS = 1.0
 # Starting a graph takes microseconds, as much as the shortest calls.
 _SHORT_SECONDS, _SHORT_CALLS_A_GRAPH = 0.001, 10
 
+_WAKING_SECONDS, _WAKING_SIDE, _WAKING_TURNS = 0.5, 4096, 20
+
 # What a graph's drawing calls the nodes that are launches.
 _LAUNCH_NODES = ("KERNEL", "MEMCPY", "MEMSET")
 
@@ -64,8 +66,8 @@ def time_calls(
         at: told the contender before each of its turns.
 
     Returns:
-        contender -> figures, or what went wrong; and whether a capture failed, after which this
-        process should measure nothing more.
+        contender -> figures, or what went wrong; and whether a failed capture has left this process
+        unable to go on.
     """
     figures: dict[str, dict[str, Any]] = {name: {} for name in calls}
     alive = dict(calls)
@@ -114,7 +116,35 @@ def time_calls(
         if graph.launches is None:
             at(name)
             figures[name]["launches"] = profiled_launches(short[name], device)
-    return figures, failed
+    return figures, failed and not _usable(device)
+
+
+def wake(device: torch.device) -> None:
+    """Half a second of products: a GPU that had nothing to do runs at a lower clock."""
+    if device.type != "cuda":
+        return
+    factor = torch.ones((_WAKING_SIDE, _WAKING_SIDE), dtype=torch.float16, device=device)
+    end = time.monotonic() + _WAKING_SECONDS
+    while time.monotonic() < end:
+        for _ in range(_WAKING_TURNS):
+            torch.mm(factor, factor)
+        synchronise(device)
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether the device still does what rows need, after a capture that failed.
+
+    Such a capture can leave the random generator or the allocator in the midst of it.
+    """
+    try:
+        made = torch.randn((64, 64), device=device)
+        product = float((made @ made.T).diagonal().sum())
+        del made
+        release(device)
+        synchronise(device)
+    except RuntimeError:
+        return False
+    return product > 0
 
 
 @dataclass(frozen=True)

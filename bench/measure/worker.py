@@ -25,7 +25,7 @@ from bench.rows.contenders import Call, Job, Row, describe, failure, release, sy
 from bench.rows.hosts import HostRow
 from bench.rows.op import OpRow
 
-# A failed capture costs a new process: so often is it tried for a contender in rows of one kind.
+# So often is a capture that fails tried for a contender in rows of one kind.
 _TRIES = 2
 
 # A process has to import everything and to wake the GPU first.
@@ -107,6 +107,8 @@ def measure(
     spoilt = False
     if "time" in job.measures:
         try:
+            # It idled while something was compiled.
+            timing.wake(device)
             figures, spoilt = timing.time_calls(
                 calls, device, graphs=row.graphs, uncaptured=uncaptured, at=at
             )
@@ -152,10 +154,17 @@ class Worker:
     Args:
         device, dtype: of the inputs.
         patience: seconds without news of a contender after which it is given up.
+        prepare: called in each new process before anything else; a function of a module.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, patience: float) -> None:
-        self._settings = (device, dtype)
+    def __init__(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        patience: float,
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        self._settings = (device, dtype, prepare)
         self._patience = patience
         self._failed_captures: Counter[tuple[str, str]] = Counter()
         self._process: multiprocessing.process.BaseProcess | None = None
@@ -242,9 +251,16 @@ class Worker:
             self._process = None
 
 
-def _serve(connection: Connection, device: torch.device, dtype: torch.dtype) -> None:
+def _serve(
+    connection: Connection,
+    device: torch.device,
+    dtype: torch.dtype,
+    prepare: Callable[[], None] | None,
+) -> None:
     """The other process: does jobs until the connection is closed."""
     os.setsid()
+    if prepare is not None:
+        prepare()
     # Memory is collected around every measurement: what was imported need not be gone through.
     gc.freeze()
     while True:

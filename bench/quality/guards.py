@@ -35,13 +35,13 @@ _NOISE = 2.0
 
 
 def scores(segmentor: Segmentor, noise: int | None = None) -> dict[str, float]:
-    """mIoU in percent over all scenes: of the host alone, and what feedback adds.
+    """mIoU in percent over all scenes: of the host as a baseline, and what feedback adds to it.
 
     Args:
         segmentor: with feedback.
         noise: seed of noise on the pictures, None for none.
     """
-    alone = segmentor.with_feedback(False)
+    baseline = segmentor.with_feedback(False)
     without, adapted = (
         100
         * mean_iou(
@@ -50,7 +50,7 @@ def scores(segmentor: Segmentor, noise: int | None = None) -> dict[str, float]:
                 for picture, mask, classes in scenes(noise)
             )
         )
-        for s in (alone, segmentor)
+        for s in (baseline, segmentor)
     )
     return {"quality": without, "gain": adapted - without}
 

@@ -30,7 +30,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from bench import RESULTS
-from bench.measure.environment import environment
+from bench.environment import environment
 from fsa import hosts, tiny
 from fsa.config import ADAPTATIONS, FSAConfig
 from fsa.models.guides import LAYER, load_vfm
@@ -241,13 +241,13 @@ def with_interval(values: np.ndarray) -> dict[str, float]:
     return {"value": float(values[0]), "low": float(low), "high": float(high)}
 
 
-def compared(alone: Areas, adapted: Areas) -> dict[str, dict[str, float]]:
+def compared(baseline: Areas, adapted: Areas) -> dict[str, dict[str, float]]:
     """mIoU of a host, of host + FSA, and the gain, in percent, on the pictures that both have."""
     count = len(adapted.true)
     weights = resamples(count)
-    before, after = alone.first(count).mean_iou(weights), adapted.mean_iou(weights)
+    before, after = baseline.first(count).mean_iou(weights), adapted.mean_iou(weights)
     return {
-        "alone": with_interval(before),
+        "baseline": with_interval(before),
         "fsa": with_interval(after),
         "gain": with_interval(after - before),
     }
@@ -307,13 +307,13 @@ def evaluate(
         for name, host in evaluator.hosts.items():
             proxy = {"vfm_features": vfm_features} if host.needs_vfm else {}
             config = FSAConfig.preset(vfm=evaluator.vfm.name if host.needs_vfm else None)
-            alone = host.features(crops, text, **proxy)
+            baseline = host.features(crops, text, **proxy)
             for protocol, chosen in asked.items():
                 queries = text[chosen]
-                features = {"host": alone}
+                features = {"host": baseline}
                 if protocol == PROTOCOLS[0]:
                     seen = attentions(host, crops, queries, config=config, **proxy)
-                    looked[name].append(_looked_at(seen, alone, queries, evaluator, mask))
+                    looked[name].append(_looked_at(seen, baseline, queries, evaluator, mask))
                     features["published"] = seen.features
                     if ablations and name in ABLATED_HOSTS and number < ABLATED_PICTURES:
                         features[AS_PUBLISHED] = seen.features
@@ -360,12 +360,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _looked_at(
-    seen: Attentions, alone: Tensor, queries: Tensor, evaluator: Evaluator, mask: Tensor
+    seen: Attentions, baseline: Tensor, queries: Tensor, evaluator: Evaluator, mask: Tensor
 ) -> dict[str, float | None]:
     """What a picture's patches attend to, before and after feedback."""
     before, after = (
         (functional.normalize(features, dim=-1) @ queries.T).argmax(dim=-1)
-        for features in (alone, seen.features)
+        for features in (baseline, seen.features)
     )
     truth = evaluator.of_patches(mask)
     itself = torch.eye(seen.host.shape[-1], dtype=torch.bool)

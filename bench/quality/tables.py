@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from bench.quality.run import ABLATED_HOSTS, AS_PUBLISHED, FILE, HOSTS, PROTOCOLS, TOP_K
+from bench.report.results_data import commit_text
 
 _TITLES = {
     "clip": "CLIP",
@@ -90,7 +91,7 @@ def _hosts(record: dict[str, Any], protocol: str) -> str:
             score = _score(split, host, protocol, "published")
             gain = score["gain"]
             row += [
-                f"{score['alone']['value']:.1f}",
+                f"{score['baseline']['value']:.1f}",
                 f"{score['fsa']['value']:.1f}",
                 f"{gain['value']:+.1f} ({gain['low']:+.1f} to {gain['high']:+.1f})",
             ]
@@ -106,7 +107,7 @@ def _ablation(record: dict[str, Any], settings: dict[str, str]) -> str:
         row = [title]
         for host in ABLATED_HOSTS:
             if what == "host":
-                value = _score(split, host, protocol, AS_PUBLISHED)["alone"]["value"]
+                value = _score(split, host, protocol, AS_PUBLISHED)["baseline"]["value"]
             else:
                 value = _score(split, host, protocol, what)["fsa"]["value"]
             row.append(f"{value:.1f}")
@@ -161,6 +162,6 @@ def _source(record: dict[str, Any]) -> str:
     return (
         f"mIoU in percent, {pictures} pictures a split, in brackets 95% intervals of the gain; "
         f"windows of {protocol['window']} pixels every {protocol['stride']} on a short side of "
-        f"{protocol['short_side']}. {env['processor']}, torch {env['torch']}, commit "
-        f"{env['commit']}, {env['date'][:10]}, `{env['command']}`, {record['seconds']} s."
+        f"{protocol['short_side']}. {env['processor']}, torch {env['torch']}, "
+        f"{commit_text(record)}, {env['date'][:10]}, `{env['command']}`, {record['seconds']} s."
     )

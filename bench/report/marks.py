@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
+from bench.report import h200
 from bench.report import results_data as data
 from bench.report.paper import LATENCY_MS
 from bench.report.results_data import Record
 
 _OURS = "fsa triton"
 
-# An H200: bytes a second copied, half-precision and float32 operations a second, all measured.
-_BYTES_A_SECOND, _HALF_FLOPS, _FLOPS = 4.3e12, 790e12, 67e12
 # Float32 operations an entry of the matrix: the reciprocal, two exponentials, their sums, and some
 # nine passes of the search.
 _FLOPS_AN_ENTRY = 50
@@ -51,10 +50,9 @@ def floor_ms(B: int, N: int, C: int) -> float:
     Bytes: the logits once in, A_f once out. Arithmetic: three half-precision products, and the
     float32 work on every entry.
     """
-    moved = 2 * (B * N * C + B * N * N) / _BYTES_A_SECOND
     entries = B * N * N
-    computed = 3 * 2 * entries * C / _HALF_FLOPS + _FLOPS_AN_ENTRY * entries / _FLOPS
-    return 1000 * max(moved, computed)
+    moved = 2 * (B * N * C + entries)
+    return 1000 * h200.floor_seconds(moved, 3 * 2 * entries * C, _FLOPS_AN_ENTRY * entries)
 
 
 def marks(record: Record | None, launches: Record | None = None) -> list[Mark]:
@@ -108,7 +106,7 @@ def marks(record: Record | None, launches: Record | None = None) -> list[Mark]:
             Mark(f"{where}: FSA on against off", data.overhead(row, "fsa"), eager, "%"),
             Mark(f"{where}: the same in graphs", data.overhead(row, "fsa", graphs), graph, "%"),
             Mark(
-                f"{where}: the host alone as published, over FSA on here",
+                f"{where}: the published baseline over the host with FSA here",
                 data.ratio(data.median(row, "published off"), data.median(row, "fsa on")),
                 1,
                 "×",
@@ -118,7 +116,10 @@ def marks(record: Record | None, launches: Record | None = None) -> list[Mark]:
     proxy = data.find(record, kind="host", host="proxyclip", backbone="ViT-B/16")
     off, on = (_entry(proxy, name, "launches") for name in ("fsa off", "fsa on"))
     if off is None and launches is not None:
-        off, on = (sum(launches["hosts"]["proxyclip"][mode].values()) for mode in ("off", "on"))
+        off, on = (
+            sum(launches["backbones"]["ViT-B/16"]["proxyclip"][mode]["launches"].values())
+            for mode in ("off", "on")
+        )
     street = data.find(record, kind="picture", host="proxyclip", height=448)
     longest = data.find(record, kind="step", B=1, N=16384, C=171)
     extra = _entry(longest, _OURS, "memory")

@@ -19,7 +19,7 @@ _COLOURS = {
     "here": "#009E73",
     "paper": "#999999",
 }
-_MARKERS = {"published": "s", "torch.compile": "^", "here": "o"}
+_MARKERS = {"published": "s", "torch.compile": "^", "here": "o", "paper": "D"}
 _LABELS = {
     "published": "published code",
     "torch.compile": "exact algebra,\ntorch.compile",
@@ -46,9 +46,9 @@ def draw(cpu: Record | None, gpu: Record | None, file: Path) -> None:
         file: PNG to write.
     """
     record = gpu or cpu
-    bars = len(_host_rows(record))
+    hosts = len(_host_rows(record))
     with matplotlib.rc_context({"font.family": "DejaVu Sans", "font.size": 10}):
-        figure = Figure(figsize=(12, 5.2 if bars <= 6 else 7.2), layout="constrained")
+        figure = Figure(figsize=(12, 5.2 if hosts <= 6 else 7.2), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
         _step(left, record)
         _overheads(right, record)
@@ -108,50 +108,73 @@ def _step(axes: Axes, record: Record | None) -> None:
 
 
 def _overheads(axes: Axes, record: Record | None) -> None:
-    """What FSA adds to whole forwards."""
-    axes.set_title("What FSA adds to a whole forward", loc="left", weight="bold", pad=24)
+    """How much longer whole forwards take with FSA: medians, and what their ranges allow."""
+    axes.set_title("A whole forward with FSA, over one without", loc="left", weight="bold", pad=24)
     rows = _host_rows(record)
     if not rows:
         _not_measured(axes)
         return
-    height = 0.26
-    bars = (
-        ("published code", "published", lambda row: data.overhead(row, "published")),
-        (
-            "by the paper, on its own GPU",
-            "paper",
-            lambda row: overhead(row["host"], row["backbone"]),
-        ),
-        ("this library", "here", lambda row: data.overhead(row, "fsa")),
+    series = (
+        ("published code", "published", lambda row: _stretched(row, "published")),
+        ("by the paper, on its own GPU", "paper", _stretched_by_paper),
+        ("this library", "here", lambda row: _stretched(row, "fsa")),
     )
-    # Below one percent noise decides; a bar needs a positive end on this scale.
-    least = 0.1
-    for offset, (label, colour, value) in enumerate(bars):
-        values = [value(row) for row in rows]
-        centres = [i + (offset - 1) * height for i in range(len(rows))]
-        widths = [max(v, least) if v is not None else 0 for v in values]
-        axes.barh(centres, widths, height * 0.92, color=_COLOURS[colour], label=label)
-        for centre, width, v in zip(centres, widths, values, strict=True):
-            text = "not measured" if v is None else f"{v:.1f}%" if abs(v) < 100 else f"{v:.0f}%"
+    for offset, (label, name, value) in enumerate(series):
+        for number, row in enumerate(rows):
+            found = value(row)
+            if found is None:
+                continue
+            middle, low, high = found
+            height = number + (offset - 1) * 0.26
+            axes.errorbar(
+                middle,
+                height,
+                xerr=[[middle - low], [high - middle]],
+                color=_COLOURS[name],
+                marker=_MARKERS[name],
+                capsize=3,
+                label=label if number == 0 else None,
+            )
             axes.annotate(
-                text,
-                (max(width, least), centre),
-                xytext=(3, 0),
+                f"{100 * (middle - 1):+.1f}%",
+                (high, height),
+                xytext=(6, 0),
                 textcoords="offset points",
                 va="center",
-                color=_COLOURS[colour] if colour != "paper" else _GREY,
+                color=_COLOURS[name] if name != "paper" else _GREY,
                 fontsize=8,
             )
-    axes.set(xscale="log", xlabel="percent of the host without FSA (log scale)")
-    axes.set_xlim(least, axes.get_xlim()[1] * 6)
+    axes.axvline(1, color=_GREY, lw=1)
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(low, 0.99), high + 0.12 * (high - low))
+    axes.set(xlabel="times the time without FSA (linear scale; 1 is free)")
     names = [f"{_HOST_LABELS.get(row['host'], row['host'])}\n{row['backbone']}" for row in rows]
     axes.set_yticks(range(len(rows)), names, **_SMALL)
     axes.invert_yaxis()
-    axes.minorticks_off()
-    ticks = [t for t in (0.1, 1, 10, 100, 1000) if t <= axes.get_xlim()[1]]
-    axes.set_xticks(ticks, [f"{t:g}%" for t in ticks])
+    axes.grid(axis="x", color="#E5E5E5")
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 0.985), ncols=3, frameon=False, **_SMALL)
+
+
+def _stretched(row: Record, name: str) -> tuple[float, float, float] | None:
+    """Time with FSA over time without: of the medians, and the least and most of their ranges.
+
+    The ranges are from the 20th to the 80th percentile of each.
+    """
+    entries = [row["contenders"].get(f"{name} {mode}", {}).get("series") for mode in ("on", "off")]
+    if not all(entry and "median" in entry for entry in entries):
+        return None
+    on, off = entries
+    middle = on["median"] / off["median"]
+    low = on.get("p20", on["median"]) / off.get("p80", off["median"])
+    high = on.get("p80", on["median"]) / off.get("p20", off["median"])
+    return middle, low, high
+
+
+def _stretched_by_paper(row: Record) -> tuple[float, float, float] | None:
+    percent = overhead(row["host"], row["backbone"])
+    return None if percent is None else (1 + percent / 100,) * 3
 
 
 def _host_rows(record: Record | None) -> list[Record]:
@@ -174,6 +197,7 @@ def _caption(record: Record | None) -> str:
     env = record["environment"]
     machine = env["gpu"] or f"{env['processor']}, CPU threads: {env['cpu_threads']}"
     return (
-        f"{machine}, {record['dtype']}, torch {env['torch']}, commit {env['commit']}, "
-        f"{env['date'][:10]}. Medians."
+        f"{machine}, {record['dtype']}, torch {env['torch']}, "
+        f"{data.commit_text(record).strip('*')}, {env['date'][:10]}. Medians; bars span what the "
+        "20th and 80th percentiles allow."
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import RESULTS
+from bench.environment import unpublishable
 
 Entry = dict[str, Any]
 Record = dict[str, Any]
@@ -17,6 +18,12 @@ def load(name: str, folder: Path = RESULTS) -> Record | None:
     """The results of "cpu", "gpu" or "launches", or None where nothing was measured."""
     file = folder / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else None
+
+
+def commit_text(record: Record) -> str:
+    """Which code a result is of; in bold what keeps it from being one to quote."""
+    reason = unpublishable(record)
+    return f"commit {record['environment']['commit']}" if reason is None else f"**{reason}**"
 
 
 def rows(record: Record, *kinds: str) -> list[Record]:

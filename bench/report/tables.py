@@ -1,49 +1,65 @@
-"""Markdown tables from committed results, between markers of README, results page and model card.
+"""Markdown tables from committed results, between markers of every page that has some.
 
-    python -m bench tables
+    python -m bench tables [--results FOLDER]
 
-rewrites them and draws the plots. What was not measured is called that.
+rewrites them and draws the plots. What was not measured is called that. With another folder than
+bench/results, which is how a rehearsal or a run elsewhere is looked at, the results page and the
+plot are written there and nothing else is touched.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
 from bench import FOLDER, RESULTS, ROOT
 from bench.quality import tables as quality_tables
+from bench.report import h200
 from bench.report import results_data as data
 from bench.report.marks import marks
 from bench.report.paper import LATENCY_MS, overhead
+from bench.report.predicted import predictions
 from bench.report.results_data import Record
 
-README = ROOT / "README.md"
 PAGE = FOLDER / "RESULTS.md"
-MODEL_CARD = ROOT / "fsa" / "tiny" / "weights" / "MODEL_CARD.md"
 NOT_MEASURED = "not measured"
 
 _WAYS = ("fsa stored", "fsa streamed")
-_ORDER = ("published", "algebra", "torch.compile", "fsa torch", "fsa triton")
+_ORDER = ("published", "algebra", "torch.compile", "flashinfer", "fsa torch", "fsa triton")
 MODES = ("published off", "published on", "fsa off", "fsa on")
+_MODE_TITLES = ["published baseline", "published + FSA", "baseline here", "+ FSA here"]
 _FIGURES = {
     "series": "calls one after another",
-    "one_call": "one call alone, until the device has finished",
-    "graph": "replayed from a CUDA graph: the device's own work",
+    "one_call": "a single call until the device has finished",
+    "graph": "replayed from a CUDA graph, the device's own work",
 }
+
+
+FIGURES = tuple(_FIGURES)
+
+
+def pages() -> Iterator[Path]:
+    """Every Markdown file of the project that has a marker."""
+    places = (ROOT.glob("*.md"), ROOT.glob("docs/**/*.md"), (PAGE,), ROOT.glob("fsa/**/*.md"))
+    for place in places:
+        for file in sorted(place):
+            if "<!-- table " in file.read_text():
+                yield file
 
 
 def speed_table(
     record: Record | None,
-    figure: str = "series",
+    figures: Sequence[str] = ("series",),
     chosen: Callable[[Record], bool] = lambda row: True,
 ) -> str:
     """One line per op or step: medians in ms, and how often ours fits into the others.
 
     Args:
         record: of a run.
-        figure: which of the timings.
+        figures: which of the timings, beside each other in a cell.
         chosen: which rows.
     """
     rows = [row for row in _timed(record, "step", "op") if chosen(row)]
@@ -51,48 +67,49 @@ def speed_table(
         return NOT_MEASURED
     present = [name for name in _ORDER if any(name in row["contenders"] for row in rows)]
     ours = present[-1]
+    time = data.median if figures == ("series",) else data.device_time
     lines = []
     for row in rows:
-        mine = data.median(row, ours, figure)
-        cells = [_time_cell(row, name, figure) for name in present]
+        cells = [_time_cells(row, name, figures) for name in present]
         speedups = [
-            _number(data.ratio(data.median(row, name, figure), mine), "×")
+            _number(data.ratio(time(row, name), time(row, ours)), "×")
             for name in ("published", "torch.compile")
         ]
         lines.append([row["name"], *cells, *speedups])
     header = ["row", *present, f"{ours} over published", "over torch.compile"]
-    return f"{_table(header, lines)}\n\n{_caption(record, _FIGURES[figure])}"
+    return f"{_table(header, lines)}\n\n{_caption(record, _named(figures))}"
 
 
-def host_table(record: Record | None, figure: str = "series") -> str:
+def host_table(record: Record | None, figures: Sequence[str] = ("series",)) -> str:
     """Whole forwards in ms, and what FSA adds, beside the paper."""
     rows = _timed(record, "host")
     if not rows:
         return NOT_MEASURED
-    time = partial(data.median, figure=figure)
+    times = [partial(data.median, figure=figure) for figure in figures]
+
+    def each(value: Callable[[Callable[..., float | None]], float | None], unit: str) -> str:
+        return _beside(_number(value(time), unit) for time in times)
+
     lines = [
         [
             row["name"],
-            *(_time_cell(row, name, figure) for name in MODES),
-            _number(data.overhead(row, "published", time), "%"),
-            _number(data.overhead(row, "fsa", time), "%"),
+            *(_time_cells(row, name, figures) for name in MODES),
+            each(partial(data.overhead, row, "published"), "%"),
+            each(partial(data.overhead, row, "fsa"), "%"),
             _number(overhead(row["host"], row["backbone"]), "%"),
-            _number(data.ratio(time(row, "published off"), time(row, "fsa on")), "×"),
+            each(lambda time, row=row: data.ratio(time(row, MODES[0]), time(row, MODES[3])), "×"),
         ]
         for row in rows
     ]
     header = [
         "host",
-        "published",
-        "published + FSA",
-        "here",
-        "here + FSA",
+        *_MODE_TITLES,
         "FSA adds, published",
         "FSA adds, here",
         "FSA adds, by the paper",
-        "published host over here + FSA",
+        "published baseline over + FSA here",
     ]
-    return f"{_table(header, lines)}\n\n{_caption(record, _FIGURES[figure])}"
+    return f"{_table(header, lines)}\n\n{_caption(record, _named(figures))}"
 
 
 def picture_table(record: Record | None) -> str:
@@ -103,21 +120,14 @@ def picture_table(record: Record | None) -> str:
     lines = [
         [
             row["name"],
-            *(_time_cell(row, name, "series") for name in MODES),
+            *(_time_cells(row, name, ("series",)) for name in MODES),
             _number(
                 data.ratio(*(data.median(row, f"{who} on") for who in ("published", "fsa"))), "×"
             ),
         ]
         for row in rows
     ]
-    header = [
-        "picture (window/stride)",
-        "published loop",
-        "with FSA",
-        "here",
-        "with FSA",
-        "speedup",
-    ]
+    header = ["picture (window/stride)", *_MODE_TITLES, "speedup"]
     note = "from a decoded picture to labels in main memory; the speedup is with FSA"
     return f"{_table(header, lines)}\n\n{_caption(record, note)}"
 
@@ -178,7 +188,7 @@ def host_numerics_table(record: Record | None) -> str:
         "relative error of the features against the same forward in a wider type, of twice that "
         "of plain PyTorch"
     )
-    header = ["host", "published", "published + FSA", "here", "here + FSA"]
+    header = ["host", *_MODE_TITLES]
     return f"{_table(header, lines)}\n\n{_caption(record, note, times=False)}"
 
 
@@ -203,15 +213,62 @@ def launches_table(record: Record | None) -> str:
     """How many launches a forward makes on a GPU, as counted without one."""
     if record is None:
         return NOT_MEASURED
+    backbone, counted = next(iter(record["backbones"].items()))
     lines = []
-    for host, counts in record["hosts"].items():
-        off, on = (sum(counts[mode].values()) for mode in ("off", "on"))
+    for host, modes in counted.items():
+        off, on = (sum(modes[mode]["launches"].values()) for mode in ("off", "on"))
         lines.append([host, str(off), str(on), str(on - off)])
-    caption = (
-        f"{record['backbone']}, window {record['side']}, float16, counted op by op without a GPU, "
-        f"`{record['command']}`."
+    table = _table(["host", "baseline", "with FSA", "FSA adds"], lines)
+    return f"{table}\n\n{backbone}, {_counted(record)}"
+
+
+def predicted_table(record: Record | None) -> str:
+    """What FSA should add on an H200, from counts and shapes, beside the paper."""
+    found = predictions(record)
+    if not found:
+        return NOT_MEASURED
+    costs = (0.0, h200.LAUNCH_SECONDS)
+    lines = [
+        [
+            f"{one.host} {one.backbone}",
+            str(one.off.launches),
+            str(one.on.launches - one.off.launches),
+            f"{(one.on.bytes - one.off.bytes) / 1e6:.0f}",
+            f"{(one.on.products - one.off.products) / 1e9:.1f}",
+            f"{1e6 * (one.on.floor - one.off.floor):.0f}",
+            " / ".join(f"{one.overhead(cost):.1f}%" for cost in costs),
+            _number(overhead(one.host, one.backbone), "%"),
+        ]
+        for one in found
+    ]
+    header = [
+        "host",
+        "launches of the baseline",
+        "FSA adds launches",
+        "MB",
+        "GFLOP of products",
+        "µs at the floor",
+        "FSA adds, predicted: free launches / 3 µs each",
+        "FSA adds, by the paper on its own GPU",
+    ]
+    method = (
+        "Predicted, not measured. The time of a forward is the sum over its ops of the larger of "
+        f"bytes over {h200.BYTES_A_SECOND / 1e12:g} TB/s and of arithmetic: products over "
+        f"{h200.HALF_FLOPS / 1e12:.0f} TFLOP/s, the search for the threshold "
+        f"over {h200.FLOPS / 1e12:.0f} TFLOP/s at 50 operations an entry; plus nothing or "
+        f"{1e6 * h200.LAUNCH_SECONDS:g} µs a launch. Each tensor that a launch is given moves "
+        "once, whatever stays in the cache. No op reaches its floor, so a ratio of such times says "
+        "where FSA's cost should lie, and no more"
     )
-    return f"{_table(['host', 'alone', 'with FSA', 'FSA adds'], lines)}\n\n{caption}"
+    return f"{_table(header, lines)}\n\n{method}. {_counted(record)}"
+
+
+def _counted(record: Record) -> str:
+    env = record["environment"]
+    return (
+        f"window {record['side']}, {record['classes']} classes, float16, counted op by op without "
+        f"a GPU, torch {env['torch']}, {data.commit_text(record)}, `{env['command']}`."
+    )
 
 
 def paper_table() -> str:
@@ -220,7 +277,7 @@ def paper_table() -> str:
         [f"{host} {backbone}", f"{off}", f"{on}", f"{overhead(host, backbone):.1f}%"]
         for (host, backbone), (off, on) in LATENCY_MS.items()
     ]
-    return _table(["host", "ms", "with FSA", "FSA adds"], lines)
+    return _table(["host", "baseline, ms", "with FSA, ms", "FSA adds"], lines)
 
 
 def _timed(record: Record | None, *kinds: str) -> list[Record]:
@@ -256,18 +313,30 @@ def _cell(row: Record, name: str, key: str, text: Callable[..., str]) -> str:
         return text(entry[key])
     if "does_not_fit" in entry:
         return "does not fit"
+    if "not_installed" in entry:
+        return "not installed"
     if "not_finished" in entry:
         return NOT_MEASURED
     return "failed" if "error" in entry else "-"
 
 
-def _time_cell(row: Record, name: str, figure: str) -> str:
+def _time_cells(row: Record, name: str, figures: Sequence[str]) -> str:
     def text(found: Record) -> str:
         if "median" in found:
             return f"{found['median']:.3g}" if found["median"] < 1000 else f"{found['median']:.0f}"
         return "does not fit" if "does_not_fit" in found else "failed"
 
-    return _cell(row, name, figure, text)
+    return _beside(_cell(row, name, figure, text) for figure in figures)
+
+
+def _beside(cells: Iterable[str]) -> str:
+    """Cells in one; what is the same in all of them is said once."""
+    said = list(cells)
+    return said[0] if len(set(said)) == 1 else " / ".join(said)
+
+
+def _named(figures: Sequence[str]) -> str:
+    return " / ".join(_FIGURES[figure] for figure in figures)
 
 
 def _number(value: float | None, unit: str) -> str:
@@ -290,8 +359,10 @@ def _caption(record: Record, note: str, *, times: bool = True) -> str:
         f"{name} {env[name]}" for name in ("torch", "triton", "open_clip_torch") if env[name]
     )
     head = "Medians in ms, " if times else ""
+    if env.get("driver"):
+        versions += f", driver {env['driver']}"
     return (
-        f"{head}{note}. {record['dtype']}, {machine}, {versions}, commit {env['commit']}, "
+        f"{head}{note}. {record['dtype']}, {machine}, {versions}, {data.commit_text(record)}, "
         f"{env['date'][:10]}, `{env['command']}`."
     )
 
@@ -314,26 +385,25 @@ def tables(
     made = {
         "paper": paper_table(),
         "launches": launches_table(launches),
+        "predicted": predicted_table(launches),
         "marks": marks_table(gpu, launches),
         # On the GPU where it was measured.
         "hosts": host_table(gpu or cpu),
         "pictures": picture_table(gpu or cpu),
         "host-numerics-gpu": host_numerics_table(gpu),
         "speed-cpu": speed_table(cpu, chosen=lambda row: row["kind"] == "step"),
-        "speed-gpu": speed_table(gpu, "graph", lambda row: row["B"] == 1 and row["C"] == 171),
+        "speed-gpu": speed_table(gpu, FIGURES, lambda row: row["B"] == 1 and row["C"] == 171),
     }
     for name, record in (("cpu", cpu), ("gpu", gpu)):
+        figures = FIGURES if name == "gpu" else ("series",)
         made |= {
-            f"speed-all-{name}": speed_table(record),
-            f"host-{name}": host_table(record),
+            f"speed-all-{name}": speed_table(record, figures),
+            f"host-{name}": host_table(record, figures),
             f"picture-{name}": picture_table(record),
             f"memory-{name}": memory_table(record),
             f"numerics-{name}": numerics_table(record),
             f"not-begun-{name}": _not_begun(record) if record else NOT_MEASURED,
         }
-    for figure in ("graph", "one_call"):
-        made[f"speed-all-gpu-{figure}"] = speed_table(gpu, figure)
-        made[f"host-gpu-{figure}"] = host_table(gpu, figure)
     return made | quality_tables.tables()
 
 
@@ -352,20 +422,24 @@ def fill(text: str, made: dict[str, str]) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Regenerates the README's tables, the results page and the plots."""
+    """Regenerates the tables of every page, and the plot."""
     parser = argparse.ArgumentParser(
         prog="python -m bench tables",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.parse_args(arguments[1:])
-    cpu, gpu = data.load("cpu"), data.load("gpu")
-    made = tables(cpu, gpu, data.load("launches"))
-    for file in (README, PAGE, MODEL_CARD):
-        file.write_text(fill(file.read_text(), made))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default bench/results")
+    folder = parser.parse_args(arguments[1:]).results
+    cpu, gpu, launches = (data.load(name, folder) for name in ("cpu", "gpu", "launches"))
+    made = tables(cpu, gpu, launches)
+    if folder.resolve() == RESULTS.resolve():
+        for file in pages():
+            file.write_text(fill(file.read_text(), made))
+    else:
+        (folder / PAGE.name).write_text(fill(PAGE.read_text(), made))
     try:
         from bench.report import plots
     except ModuleNotFoundError as error:
         raise SystemExit(f"the plots need {error.name}: pip install '.[bench]'") from None
-    plots.draw(cpu, gpu, RESULTS / "cost.png")
+    plots.draw(cpu, gpu, folder / "cost.png")
     return 0

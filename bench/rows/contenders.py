@@ -22,6 +22,10 @@ class DoesNotFit(Exception):
     """A contender needs more memory than there is."""
 
 
+class NotInstalled(Exception):
+    """A contender needs a package that is not there."""
+
+
 class Row(ABC):
     """One line of the benchmark: a problem, and several ways of solving it.
 
@@ -73,6 +77,8 @@ def is_ours(contender: str) -> bool:
 
 def failure(error: BaseException) -> dict[str, str]:
     """How an exception is written down."""
+    if isinstance(error, NotInstalled):
+        return {"not_installed": str(error)}
     text = f"{type(error).__name__}: {error}".strip()
     out_of_memory = isinstance(error, (DoesNotFit, MemoryError, torch.cuda.OutOfMemoryError)) or (
         isinstance(error, RuntimeError)

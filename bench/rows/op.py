@@ -42,7 +42,8 @@ class OpRow(Row):
     Args:
         kind: "op" or "step".
         B, N, C: images, patches, queries.
-        compiled: with `torch.compile` as a contender; compiling takes seconds a row.
+        compiled: with `torch.compile` as a contender, and for the op on a GPU with FlashInfer's
+            search in the place of a sort; compiling takes seconds a row.
         ways: of steps, also with A_f kept and with A_f streamed, between which `feedback_step`
             itself chooses by size.
     """
@@ -74,6 +75,8 @@ class OpRow(Row):
         }
         if self.compiled:
             builds["torch.compile"] = partial(_compiled, self, inputs)
+        if self.compiled and self.kind == "op" and device.type == "cuda":
+            builds["flashinfer"] = partial(_flashinfer, self, inputs)
         builds["fsa torch"] = partial(ours, self.kind, "torch", inputs)
         if device.type == "cuda":
             builds["fsa triton"] = partial(ours, self.kind, "triton", inputs)
@@ -147,6 +150,16 @@ def _compiled(row: OpRow, inputs: Inputs) -> Call:
     torch._dynamo.reset()
     compiled = torch.compile(_algebra_step, dynamic=False, fullgraph=True)
     return partial(compiled, *vars(inputs).values())
+
+
+def _flashinfer(row: OpRow, inputs: Inputs) -> Call:
+    require_memory(_ALGEBRA_MATRICES * row.B * row.N**2 * 4, inputs.patch_logits.device)
+    return partial(
+        algebra.feedback_attention,
+        inputs.patch_logits,
+        inputs.uniform_logits,
+        kept_patches=algebra.kept_by_flashinfer(),
+    )
 
 
 def ours(kind: str, backend: str, inputs: Inputs, stream: bool | None = None) -> Call:

@@ -93,7 +93,7 @@ def clip_segmentor(
     feedback: bool,
     name: str = "random",
 ) -> Segmentor:
-    """A segmentor on a vision tower alone, for text features (C,E) that are there already.
+    """A segmentor on a vision tower, for text features (C,E) that are there already.
 
     Args:
         host, feedback: as `fsa.load_segmentor` takes them.

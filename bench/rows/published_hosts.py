@@ -6,9 +6,10 @@ and FSA is the published formulation: `bench.published`. Our own code, after the
 authors'; it agrees with `fsa.hosts` to rounding for one image at a time.
 
 What is not counted against them: all blocks but the last are open_clip's own, as in `fsa`; the
-unused second pass through the last block in FSA's repository is left out; MaskCLIP alone builds no
-matrix. FSA's authors published its code for ProxyCLIP only; with the other hosts the same functions
-get the host's attention, and the class token, which feedback does not act on, stays itself.
+unused second pass through the last block in FSA's repository is left out; MaskCLIP without FSA
+builds no matrix. FSA's authors published its code for ProxyCLIP only; with the other hosts the same
+functions get the host's attention, and the class token, which feedback does not act on, stays
+itself.
 """
 
 from __future__ import annotations

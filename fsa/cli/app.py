@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import fsa
-from fsa.cli import compare, data, demo, evaluate, info, segment
+from fsa.cli import compare, data, demo, evaluate, explore, info, models, segment
 from fsa.cli.terminal import one_line_messages
 
 app = typer.Typer(
@@ -21,7 +21,9 @@ app = typer.Typer(
 app.command("segment")(segment.segment)
 app.command("demo")(demo.demo)
 app.command("compare")(compare.compare)
+app.command("explore")(explore.explore)
 app.command("info")(info.info)
+app.command("models")(models.models)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(data.app, name="data")
 

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from fsa.cli import options
+
 app = typer.Typer(no_args_is_help=True, help="Benchmarks on disk: what is missing, conversion.")
 
 
@@ -32,10 +34,8 @@ def list_datasets() -> None:
 @app.command("check")
 def check(
     name: Annotated[str, typer.Argument(help='A benchmark, or "folder".')],
-    root: Annotated[Path, typer.Argument(help="Where it lies.")],
-    ignore: Annotated[
-        list[int] | None, typer.Option(help="For a folder: a mask value that is not counted.")
-    ] = None,
+    root: Annotated[Path, typer.Argument(help="Folder that holds it.")],
+    ignore: options.Ignore = None,
 ) -> None:
     """Say in words what is missing before a dataset can be evaluated."""
     from fsa.evaluation import datasets
@@ -55,7 +55,7 @@ def check(
 @app.command("convert")
 def convert(
     name: Annotated[str, typer.Argument(help="coco_object, coco_stuff or cityscapes.")],
-    root: Annotated[Path, typer.Argument(help="Where it lies.")],
+    root: Annotated[Path, typer.Argument(help="Folder that holds it.")],
     workers: Annotated[
         int | None, typer.Option(help="Processes; default as many as there are cores.")
     ] = None,

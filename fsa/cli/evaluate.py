@@ -17,8 +17,9 @@ from fsa.errors import InputError
 if TYPE_CHECKING:
     from fsa.config import FSAConfig
     from fsa.evaluation.datasets import Dataset
+    from fsa.evaluation.processes import Group
     from fsa.evaluation.protocol import Preset, Protocol
-    from fsa.evaluation.runner import Result
+    from fsa.evaluation.result import Result
     from fsa.segment.segmentor import Segmentor
 
 _WINDOW_BATCH_CPU = 8
@@ -36,65 +37,96 @@ def evaluate(
     dataset: Annotated[
         str, typer.Argument(help='A benchmark (see "fsa data list"), or "folder".')
     ] = "",
-    root: Annotated[Path | None, typer.Option(help="Where the dataset lies.")] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder that holds the pictures and masks of the dataset.")
+    ] = None,
     list_cells: Annotated[
-        bool, typer.Option("--list", help="Print the presets and the paper's cells with commands.")
+        bool,
+        typer.Option("--list", help="Print the presets, and the paper's numbers with commands."),
     ] = False,
-    host: Annotated[
-        options.HostName | None,
-        typer.Option(help=f"The segmentor; default {options.DEFAULT_HOST.value}."),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help='"tiny" (embedded, the default), or an open_clip name.')
-    ] = None,
+    host: options.HostIfGiven = None,
+    model: options.ModelIfGiven = None,
     pretrained: options.Pretrained = None,
     vfm: options.Vfm = None,
     vfm_pretrained: options.VfmPretrained = None,
     feedback: options.Feedback = True,
     preset: Annotated[
         str | None,
-        typer.Option(help="proxyclip, sclip, clearclip or tiny; default the host's own."),
+        typer.Option(
+            help="Published settings to use: fsa, proxyclip, sclip, clearclip, clearclip-224, "
+            "naclip or tiny; default those the host was published with."
+        ),
     ] = None,
     short_side: Annotated[
-        int | None, typer.Option(help="Of resized pictures in pixels, instead of the preset's.")
+        int | None, typer.Option(help=f"{options.SHORT_SIDE}; default the preset's.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Its side in pixels, instead of the preset's.")
+        int | None, typer.Option(help=f"{options.WINDOW}; default the preset's.")
     ] = None,
     stride: Annotated[
-        int | None, typer.Option(help="Of the window in pixels, instead of the preset's.")
+        int | None, typer.Option(help=f"{options.STRIDE}; default the preset's.")
+    ] = None,
+    whole: Annotated[
+        bool | None,
+        typer.Option(
+            "--whole/--windows",
+            help="Label each picture in one piece, or by sliding windows; default the preset's.",
+        ),
     ] = None,
     prob_thd: Annotated[
         float | None,
-        typer.Option(help="Below it pixels become background, instead of the preset's."),
+        typer.Option(
+            help="Pixels whose best class is less probable than this become background; default "
+            "the preset's."
+        ),
     ] = None,
     area_thd: Annotated[
         float | None,
         typer.Option(
-            help="Share of the foreground up to which a class is given up, instead of the preset's."
+            help="Classes that cover no more than this share of the foreground are dropped; "
+            "default the preset's."
         ),
     ] = None,
     logit_scale: Annotated[
-        float | None, typer.Option(help="Factor of the merged cosines, instead of the preset's.")
+        float | None,
+        typer.Option(
+            help="Factor of the cosines before the softmax over classes; default the preset's."
+        ),
+    ] = None,
+    pamr_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps of PAMR, which refines the labels by the colours of the picture; default "
+            "the preset's."
+        ),
     ] = None,
     antialias: Annotated[
         bool | None,
-        typer.Option("--antialias/--no-antialias", help="Smooth when shrinking pictures."),
+        typer.Option(
+            "--antialias/--no-antialias",
+            help="Smooth pictures when they are made smaller; default no, as published.",
+        ),
     ] = None,
     beta: options.Beta = None,
     confidence: options.Confidence = None,
     feedback_logit_scale: Annotated[
-        float | None, typer.Option(help="Factor of the cosines that FSA compares patches by.")
+        float | None,
+        typer.Option(
+            help="Factor of the cosines by which FSA compares patches; default as published."
+        ),
     ] = None,
     uniform_logit_scale: Annotated[
-        float | None, typer.Option(help="The same under uniform attention.")
+        float | None,
+        typer.Option(
+            help="Factor of the cosines under uniform attention, which FSA compares with; default "
+            "as published."
+        ),
     ] = None,
     classes_file: Annotated[
-        Path | None, typer.Option(help="Other names for the classes, one class a line.")
+        Path | None,
+        typer.Option(help="Text file with other names for the classes, one class a line."),
     ] = None,
-    ignore: Annotated[
-        list[int] | None, typer.Option(help="For a folder: a mask value that is not counted.")
-    ] = None,
+    ignore: options.Ignore = None,
     sweep: Annotated[
         str,
         typer.Option(
@@ -104,9 +136,9 @@ def evaluate(
     ] = "",
     on_error: Annotated[
         OnError,
-        typer.Option(help="A file that cannot be used stops the run, or is skipped and named."),
+        typer.Option(help="Whether a file that cannot be used stops the run, or is skipped."),
     ] = OnError.stop,
-    workers: Annotated[int, typer.Option(help="Processes that decode pictures.")] = 2,
+    workers: Annotated[int, typer.Option(help="Number of processes that decode pictures.")] = 2,
     window_batch: Annotated[
         int | None,
         typer.Option(
@@ -121,12 +153,12 @@ def evaluate(
     dtype: options.Dtype = None,
     backend: options.Backend = options.BackendName.auto,
     out: Annotated[
-        Path | None, typer.Option(help="Directory of the results; default fsa-eval/...")
+        Path | None, typer.Option(help="Folder of the results; default one under fsa-eval/.")
     ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="Throw away what was counted before.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress; only the mIoU.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but the mIoU.")] = False,
 ) -> None:
     """Measure mIoU on a benchmark or a folder of pictures with masks.
 
@@ -147,13 +179,16 @@ def evaluate(
     # What can be wrong is found before the models are loaded.
     from fsa.evaluation import protocol
 
-    settings = protocol.preset(preset or protocol.family_of(host_name, model), dataset).override(
+    family = preset or protocol.family_of(host_name, model, feedback)
+    settings = protocol.preset(family, dataset).override(
         short_side=short_side,
         window=window,
         stride=stride,
+        whole=whole,
         prob_thd=prob_thd,
         area_thd=area_thd,
         logit_scale=logit_scale,
+        pamr_steps=pamr_steps,
         antialias=antialias,
     )
 
@@ -201,8 +236,9 @@ def evaluate(
         }
         first = group.rank == 0
         if sweep:
-            folder = out or _folder(opened, host_name, model, vfm, "sweep")
-            _sweep(sweep, segmentor, opened, settings, folder, run_options, first)
+            swept = [name.strip() for name in sweep.split(",")]
+            folder = out or _folder(opened, host_name, model, vfm, "-".join(["sweep", *swept]))
+            _sweep(swept, segmentor, opened, settings, folder, run_options, group)
         else:
             folder = out or _folder(opened, host_name, model, vfm, "fsa" if feedback else "host")
             _once(segmentor, opened, settings, folder, run_options, first)
@@ -246,19 +282,20 @@ def _once(
 
 
 def _sweep(
-    text: str,
+    names: list[str],
     segmentor: Segmentor,
     dataset: Dataset,
     settings: Preset,
     folder: Path,
     run_options: dict[str, Any],
-    first: bool,
+    group: Group,
 ) -> None:
-    from fsa.evaluation import runner, sweep
+    from fsa.evaluation import locking, runner, sweep
+    from fsa.files import make_directory
 
     if segmentor.config is None:
         raise InputError("--sweep varies feedback, which --no-feedback turns off")
-    chosen = sweep.rows([name.strip() for name in text.split(",")], segmentor.config)
+    chosen = sweep.rows(names, segmentor.config)
 
     def one(config: FSAConfig | None, out: Path) -> Result:
         return runner.evaluate(
@@ -269,9 +306,11 @@ def _sweep(
             **run_options,
         )
 
-    swept = sweep.run(chosen, folder, one)
-    if first:
-        files = swept.save(folder)
+    make_directory(folder)
+    with locking.exclusive(folder, group):
+        swept = sweep.run(chosen, folder, one)
+        files = swept.save(folder) if group.rank == 0 else []
+    if group.rank == 0:
         typer.echo(swept.markdown())
         typer.echo(f"written: {', '.join(str(file) for file in files)}")
         if not sweep.can_plot() and {"confidence", "beta"} & {row.table for row in chosen}:

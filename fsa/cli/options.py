@@ -26,6 +26,8 @@ class HostName(str, Enum):
     clearclip = "clearclip"
     proxyclip = "proxyclip"
     naclip = "naclip"
+    segearth = "segearth"
+    pearl = "pearl"
     qk = "qk"
     qq = "qq"
     kk = "kk"
@@ -53,12 +55,19 @@ Classes = Annotated[
 ClassesFile = Annotated[
     Path | None, typer.Option(help="Class names from a text file instead, one class a line.")
 ]
-Host = Annotated[HostName, typer.Option(help="The method that segments, to which FSA is added.")]
-Model = Annotated[
-    str, typer.Option(help='"tiny" (embedded), or an open_clip name such as ViT-B-16.')
-]
+_HOST = typer.Option(
+    help=f"The method that segments, to which FSA is added; default {DEFAULT_HOST.value}."
+)
+_MODEL = typer.Option(help='"tiny" (embedded, the default), or an open_clip name such as ViT-B-16.')
+Host = Annotated[HostName, _HOST]
+HostIfGiven = Annotated[HostName | None, _HOST]
+Model = Annotated[str, _MODEL]
+ModelIfGiven = Annotated[str | None, _MODEL]
 Pretrained = Annotated[
-    str | None, typer.Option(help="The weights: a tag of open_clip, or a checkpoint file.")
+    str | None,
+    typer.Option(
+        help="The weights: one of open_clip's tags for the model, or the path of a checkpoint."
+    ),
 ]
 Vfm = Annotated[
     str | None,
@@ -84,19 +93,15 @@ Confidence = Annotated[
         "paper's p); default as published."
     ),
 ]
-Window = Annotated[
-    int | None,
-    typer.Option(help="Side of the sliding window in pixels; default 336, with tiny 112."),
-]
-Stride = Annotated[
-    int | None,
-    typer.Option(help="Step from one window to the next in pixels; default 112, with tiny 56."),
-]
-ShortSide = Annotated[
-    int | None,
-    typer.Option(
-        help="Short side in pixels to which pictures are resized first; default 336, with tiny 224."
-    ),
+WINDOW = "Side of the sliding window in pixels"
+STRIDE = "Distance in pixels from one window to the next"
+SHORT_SIDE = "Length in pixels to which the short side of a picture is resized first"
+Window = Annotated[int | None, typer.Option(help=f"{WINDOW}; default 336, with tiny 112.")]
+Stride = Annotated[int | None, typer.Option(help=f"{STRIDE}; default 112, with tiny 56.")]
+ShortSide = Annotated[int | None, typer.Option(help=f"{SHORT_SIDE}; default 336, with tiny 224.")]
+Ignore = Annotated[
+    list[int] | None,
+    typer.Option(help="For a folder: a value of the masks that is not counted, besides 255."),
 ]
 Device = Annotated[
     str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default the GPU if there is one.")

@@ -1,11 +1,13 @@
-"""Windows of several pictures in one forward pass."""
+"""Pictures through a segmentor: windows of several in one forward pass, or each in one piece."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fsa.models.text import TextQueries
 from fsa.pictures import windows
@@ -63,3 +65,32 @@ def merged_cosines(
                 yield from flush()
     if waiting:
         yield from flush()
+
+
+def whole_cosines(
+    segmentor: Segmentor, images: Iterable[tuple[int, Tensor]], queries: TextQueries
+) -> Iterator[tuple[int, Tensor]]:
+    """Cosines of each picture in one piece, one picture a forward pass.
+
+    What lies beyond the last whole patch on the right and below is left out, and the map of the
+    rest is stretched over the picture, as NACLIP's published code has it.
+
+    Args:
+        segmentor, images, queries: as in `merged_cosines`.
+
+    Yields:
+        The key and (Q,h,w) float32.
+    """
+    of_vfm = segmentor.vfm.multiple if segmentor.vfm else 1
+    multiples = [math.lcm(side, of_vfm) for side in segmentor.host.tower.patch_size]
+    for key, image in images:
+        rows, columns = (
+            max(side - side % multiple, multiple)
+            for side, multiple in zip(image.shape[-2:], multiples, strict=True)
+        )
+        # A picture that is smaller than a patch gets zeros where it has nothing.
+        missing = (max(columns - image.shape[-1], 0), max(rows - image.shape[-2], 0))
+        patches = functional.pad(image[:, :rows, :columns], (0, missing[0], 0, missing[1]))
+        maps = segmentor.forward(patches[None].to(segmentor.loaded.dtype), queries.features)
+        size = tuple(image.shape[-2:])
+        yield key, functional.interpolate(maps, size=size, mode="bilinear")[0]

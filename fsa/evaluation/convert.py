@@ -94,7 +94,7 @@ def convert(
 def _renumber(name: str, pair: tuple[Path, Path]) -> None:
     source, target = pair
     try:
-        with Image.open(source) as opened:
+        with Image.open(source, formats=("PNG",)) as opened:
             stored = np.asarray(opened)
     except (OSError, ValueError, SyntaxError) as error:
         raise InputError(f"{source}: the mask cannot be read ({error})") from None

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from fsa.classes import read_class_file
 from fsa.errors import InputError
 from fsa.evaluation.layouts import (
     FOLDER,
@@ -23,6 +23,8 @@ from fsa.evaluation.layouts import (
 )
 
 _MASK_EXTENSIONS = (".png", ".tif", ".tiff", ".bmp", ".gif", ".pgm")
+# Whatever a mask is called. Pillow would run another program for some of the formats it knows.
+_MASK_FORMATS = ("PNG", "TIFF", "BMP", "GIF", "PPM")
 _SHOWN = 3
 
 
@@ -56,11 +58,6 @@ class Dataset:
     reduce_zero_label: bool = False
     ignore: tuple[int, ...] = (IGNORE,)
     background: int | None = None
-
-    def fingerprint(self) -> str:
-        """A short hash of the list of pictures: what was counted, wherever it lies."""
-        names = "\n".join(sample.name for sample in self.samples)
-        return hashlib.sha256(names.encode()).hexdigest()[:16]
 
     def read_mask(self, path: Path) -> np.ndarray:
         """A mask as classes: (H,W) int32, and -1 where a pixel is not counted.
@@ -129,10 +126,13 @@ def open_dataset(
     layout = LAYOUTS[name]
     home = _home(root, layout)
     if home is None:
-        raise InputError(f"{root}: {_missing_folders(root, layout)}; see `fsa data check {name}`")
+        raise InputError(
+            f"{root}: {_missing_folders(root, layout)}; `fsa data check {name} {root}` says where "
+            "it comes from"
+        )
     samples = _listed(home, layout) if layout.splits else _found(home, layout)
     if classes_file is not None:
-        classes = read_class_file(classes_file)
+        classes = _classes(classes_file)
         expected = len(class_list(name))
         if len(classes) != expected:
             raise InputError(
@@ -161,13 +161,13 @@ def check(name: str, root: Path, *, ignore: Sequence[int] = ()) -> list[str]:
     Every file is looked for, and the first masks are read.
     """
     root = Path(root)
+    layout = LAYOUTS.get(name)
+    if layout is not None and root.is_dir() and _home(root, layout) is None:
+        return [f"{root}: {_missing_folders(root, layout)}", *_how_to_get(name, root, layout)]
     try:
         dataset = open_dataset(name, root, ignore=ignore)
     except InputError as error:
-        problems = [str(error)]
-        if name in LAYOUTS:
-            problems.append(f"{name} comes from {LAYOUTS[name].source}")
-        return problems
+        return [str(error), *(_how_to_get(name, root, layout) if layout else [])]
     problems = []
     for what, paths in (
         ("pictures", [sample.image for sample in dataset.samples]),
@@ -196,26 +196,6 @@ def check(name: str, root: Path, *, ignore: Sequence[int] = ()) -> list[str]:
     return problems
 
 
-def read_class_file(path: Path) -> tuple[tuple[str, ...], ...]:
-    """Classes from a file, one a line, synonyms after commas.
-
-    Raises:
-        InputError: a file that cannot be read, or names that are not accepted.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text file in UTF-8"
-        raise InputError(f"{path}: the classes cannot be read ({reason})") from None
-    # Here, so that lists, checks and mistakes do not wait for torch.
-    from fsa.classes import parse_classes
-
-    try:
-        return parse_classes([line.split(",") for line in lines if line.strip()])
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
 def _open_folder(root: Path, classes_file: Path | None, ignore: Sequence[int]) -> Dataset:
     from fsa.pictures.reading import EXTENSIONS
 
@@ -225,7 +205,7 @@ def _open_folder(root: Path, classes_file: Path | None, ignore: Sequence[int]) -
         absent.append("classes.txt (one class a line, synonyms after commas)")
     if absent:
         raise InputError(f"{root}: there is no {' and no '.join(absent)}")
-    classes = read_class_file(classes_file or root / "classes.txt")
+    classes = _classes(classes_file or root / "classes.txt")
     pictures = _walk(images, EXTENSIONS)
     if not pictures:
         raise InputError(f"{images}: the folder holds no pictures ({', '.join(EXTENSIONS)})")
@@ -255,6 +235,10 @@ def _open_folder(root: Path, classes_file: Path | None, ignore: Sequence[int]) -
     )
 
 
+def _classes(file: Path) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(synonyms) for synonyms in read_class_file(file))
+
+
 def _home(root: Path, layout: Layout) -> Path | None:
     for home in layout.homes:
         candidate = root / home
@@ -268,6 +252,16 @@ def _missing_folders(root: Path, layout: Layout) -> str:
     places = [home for home in layout.homes if home]
     also = f" (nor under {' or '.join(places)})" if places else ""
     return f"there is no {' and no '.join(absent)}{also}"
+
+
+def _how_to_get(name: str, root: Path, layout: Layout) -> list[str]:
+    """What to do next where a benchmark, or a part of it, is not there."""
+    home = root / layout.homes[-1]
+    return [
+        f"{name} comes from {layout.source}",
+        f"unpack it so that {home / layout.images} and {home / layout.masks} are there, and check "
+        "again",
+    ]
 
 
 def _listed(home: Path, layout: Layout) -> list[Sample]:
@@ -338,7 +332,7 @@ def _read_values(path: Path) -> np.ndarray:
     if not path.is_file():
         raise InputError(f"{path}: no such mask")
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=_MASK_FORMATS) as opened:
             if opened.mode in ("P", "L", "1", "I", "I;16", "I;16L", "I;16B", "I;16N"):
                 return np.asarray(opened)
             mode = opened.mode
@@ -353,6 +347,8 @@ def _read_values(path: Path) -> np.ndarray:
         Image.DecompressionBombError,
     ) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"not one of {', '.join(_MASK_FORMATS)}"
         raise InputError(f"{path}: the mask cannot be read ({reason})") from None
     raise InputError(
         f"{path}: a mask must hold one number per pixel, by palette or in grey; this one is {mode}"

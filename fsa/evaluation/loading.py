@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from fsa.errors import InputError
 from fsa.evaluation.datasets import Dataset
 from fsa.evaluation.protocol import LONG_SIDE, Preset
+from fsa.evaluation.resizing import resize
 from fsa.pictures.reading import read_image
 
 
@@ -45,14 +45,30 @@ def working_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return tuple(max(1, int(side * scale + 0.5)) for side in (height, width))
 
 
-def resize(image: Tensor, size: tuple[int, int], antialias: bool) -> Tensor:
-    """A picture (3,H,W) uint8 resized bilinearly, rounded as the published pipelines do."""
-    if tuple(image.shape[-2:]) == size:
-        return image
-    resized = functional.interpolate(
-        image[None].float(), size=size, mode="bilinear", antialias=antialias
-    )
-    return resized[0].round().clamp(0, 255).to(torch.uint8)
+class Normalisation:
+    """Pictures as CLIP takes them, with its statistics as the published configurations have them.
+
+    These are on the scale of 0 to 255 and rounded to three decimals, which decides a pixel here
+    and there that lies on the border of two classes.
+
+    Args:
+        mean, std: of the channels of pictures in [0, 1].
+        device: where the pictures will be.
+    """
+
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+    ) -> None:
+        self._mean, self._std = (
+            torch.tensor([round(255 * value, 3) for value in channels], device=device)[
+                :, None, None
+            ]
+            for channels in (mean, std)
+        )
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(3,h,w) uint8 -> (3,h,w) float32."""
+        return (image.float() - self._mean) / self._std
 
 
 def loader(

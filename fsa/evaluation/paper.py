@@ -22,6 +22,7 @@ class Cell:
         host, model, pretrained, vfm: as `fsa.load_segmentor` takes them.
         dataset: a benchmark.
         without, with_fsa: mIoU in percent, as printed.
+        note: what is odd about the printed numbers, or "".
     """
 
     table: int
@@ -32,6 +33,7 @@ class Cell:
     dataset: str
     without: float
     with_fsa: float
+    note: str = ""
 
     def command(self, feedback: bool = True) -> str:
         """The command line that repeats it; DIR is where the benchmark lies."""
@@ -57,6 +59,7 @@ def cells() -> Iterator[Cell]:
                     dataset,
                     without,
                     row["with"][dataset],
+                    row.get("notes", {}).get(dataset, ""),
                 )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -23,9 +23,13 @@ class Preset:
         name: of the family and the benchmark, such as "proxyclip/voc21".
         short_side: to which pictures are resized.
         window, stride: of the sliding window.
+        whole: label a picture in one piece instead. Pixels to the right of the last whole patch
+            and below it are left out, as NACLIP's code has it.
         prob_thd: pixels whose best class has a lower probability become background.
         area_thd: see `fsa.segment.labels.label_map`.
         logit_scale: of the cosines before the softmax over queries.
+        pamr_steps: how often maps are refined by the picture's colours, at its own size; see
+            `fsa.evaluation.refinement`. 0 for not at all.
         class_list: of the package, see `fsa.evaluation.layouts.class_list`; empty for a folder.
         antialias: whether shrinking smooths; the published pipelines do not.
     """
@@ -34,14 +38,16 @@ class Preset:
     short_side: int
     window: int
     stride: int
+    whole: bool = False
     prob_thd: float = 0.0
     area_thd: float = 0.0
     logit_scale: float = SEGMENTATION_SCALE
+    pamr_steps: int = 0
     class_list: str = ""
     antialias: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("short_side", 1), ("window", 1), ("stride", 1)):
+        for name, least in (("short_side", 1), ("window", 1), ("stride", 1), ("pamr_steps", 0)):
             value = getattr(self, name)
             self._require(name, _is_integer(value) and value >= least, f"an integer >= {least}")
         self._require("stride", self.stride <= self.window, f"at most the window, {self.window}")
@@ -66,41 +72,56 @@ class Preset:
 
 
 FAMILIES: dict[str, str] = {
-    "proxyclip": "ProxyCLIP's protocol as FSA uses it: 336 / 336 / 112, Cityscapes 448 / 224 / 80",
+    "fsa": "FSA's values, in ProxyCLIP's code: 336 / 336 / 112, Cityscapes 448 / 224 / 80",
+    "proxyclip": "ProxyCLIP's own: the same, but Cityscapes 448 / 224 / 112 and two thresholds",
     "sclip": "SCLIP's own: 336 / 224 / 112, Cityscapes 560; several names for some classes",
-    "clearclip": "ClearCLIP's own: 448 / 224 / 112",
+    "clearclip": "ClearCLIP's published code: 448 / 448 / 224, Cityscapes 448 / 224 / 224",
+    "clearclip-224": "ClearCLIP in SCLIP's windows, 448 / 224 / 112; its code has them nowhere",
+    "naclip": "NACLIP's own: as SCLIP's, but VOC in one piece, one scale, and 10 steps of PAMR",
     "tiny": "for the embedded model: 224 / 112 / 56, with FSA's thresholds",
 }
 """Short side / window / stride of each family of presets."""
 
 # FSA keeps each method's own data pipeline. MaskCLIP's numbers in the comparison tables
-# come from SCLIP's, the attention types were run in ProxyCLIP's code, and NACLIP's own pipeline is
-# after SCLIP's.
+# come from SCLIP's, and the attention types were run in ProxyCLIP's code. SegEarth-OV's sizes and
+# scale are ClearCLIP's; PEARL's sizes are SCLIP's, but for VOC, whose pictures it does not cut into
+# windows, and its thresholds and scale are its own.
 _FAMILY_OF_HOST = {
     "clip": "sclip",
     "maskclip": "sclip",
     "sclip": "sclip",
-    "naclip": "sclip",
+    "naclip": "naclip",
+    "segearth": "clearclip",
+    "pearl": "sclip",
     "clearclip": "clearclip",
-    "proxyclip": "proxyclip",
-    "qk": "proxyclip",
-    "qq": "proxyclip",
-    "kk": "proxyclip",
-    "vv": "proxyclip",
+    "proxyclip": "fsa",
+    "qk": "fsa",
+    "qq": "fsa",
+    "kk": "fsa",
+    "vv": "fsa",
 }
 
 _LARGE_VOCABULARIES = ("ade847", "context459")
+_WITH_BACKGROUND = ("voc21", "context60", "coco_object")
 
 
-def family_of(host: str, model: str) -> str:
+def family_of(host: str, model: str, feedback: bool = True) -> str:
     """The family of presets that a host is published with; the embedded model has its own.
+
+    Args:
+        host: name of a host.
+        model: as `fsa.load_segmentor` takes it.
+        feedback: whether the run is with FSA. FSA's paper takes ProxyCLIP's numbers from the
+            paper of ProxyCLIP, whose thresholds and stride are others than FSA's.
 
     Raises:
         InputError: a host that is not known.
     """
     if host not in _FAMILY_OF_HOST:
         raise InputError(f"host {host!r} is not known: {', '.join(_FAMILY_OF_HOST)}")
-    return "tiny" if model == "tiny" else _FAMILY_OF_HOST[host]
+    if model == "tiny":
+        return "tiny"
+    return "proxyclip" if host == "proxyclip" and not feedback else _FAMILY_OF_HOST[host]
 
 
 def preset(family: str, dataset: str) -> Preset:
@@ -117,17 +138,12 @@ def preset(family: str, dataset: str) -> Preset:
         raise InputError(f"preset={family!r} is not known: {', '.join(FAMILIES)}")
     if dataset not in names():
         raise InputError(f"dataset {dataset!r} is not known: {', '.join(names())}")
-    settings: dict[str, Any] = {
-        "proxyclip": _proxyclip,
-        "sclip": _sclip,
-        "clearclip": _clearclip,
-        "tiny": _tiny,
-    }[family](dataset)
+    settings = _SETTINGS[family](dataset)
     settings.setdefault("class_list", "" if dataset == FOLDER else dataset)
     return Preset(name=f"{family}/{dataset}", **settings)
 
 
-def _proxyclip(dataset: str) -> dict[str, Any]:
+def _fsa(dataset: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"short_side": 336, "window": 336, "stride": 112}
     if dataset == "cityscapes":
         settings.update(short_side=448, window=224, stride=80)
@@ -137,13 +153,22 @@ def _proxyclip(dataset: str) -> dict[str, Any]:
     return settings
 
 
+def _proxyclip(dataset: str) -> dict[str, Any]:
+    own = {
+        "context60": {"prob_thd": 0.15},
+        "coco_object": {"prob_thd": 0.25},
+        "cityscapes": {"stride": 112},
+    }
+    return {**_fsa(dataset), **own.get(dataset, {})}
+
+
 def _sclip(dataset: str) -> dict[str, Any]:
     settings: dict[str, Any] = {"short_side": 336, "window": 224, "stride": 112}
     if dataset == "cityscapes":
         settings.update(short_side=560)
     elif dataset == "coco_stuff" or dataset in _LARGE_VOCABULARIES:
         settings.update(short_side=448)
-    if dataset in ("voc21", "context60", "coco_object"):
+    if dataset in _WITH_BACKGROUND:
         settings.update(prob_thd=0.1, logit_scale=50.0)
     if dataset == "voc21":
         settings.update(logit_scale=65.0, area_thd=0.1)
@@ -152,11 +177,20 @@ def _sclip(dataset: str) -> dict[str, Any]:
     return settings
 
 
+def _naclip(dataset: str) -> dict[str, Any]:
+    settings = _sclip(dataset)
+    settings.update(logit_scale=SEGMENTATION_SCALE, area_thd=0.0, pamr_steps=10)
+    settings["whole"] = dataset in ("voc21", "voc20")
+    if dataset == "coco_stuff":
+        settings["short_side"] = 336
+    return settings
+
+
 def _clearclip(dataset: str) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "short_side": 448,
-        "window": 224,
-        "stride": 112,
+        "window": 224 if dataset == "cityscapes" else 448,
+        "stride": 224,
         "logit_scale": 50.0,
     }
     settings["prob_thd"] = {"voc21": 0.5, "context60": 0.15, "coco_object": 0.4}.get(dataset, 0.0)
@@ -165,8 +199,23 @@ def _clearclip(dataset: str) -> dict[str, Any]:
     return settings
 
 
+def _clearclip_224(dataset: str) -> dict[str, Any]:
+    return {**_clearclip(dataset), "window": 224, "stride": 112}
+
+
 def _tiny(dataset: str) -> dict[str, Any]:
-    return {**_proxyclip(dataset), "short_side": 224, "window": 112, "stride": 56}
+    return {**_fsa(dataset), "short_side": 224, "window": 112, "stride": 56}
+
+
+_SETTINGS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "fsa": _fsa,
+    "proxyclip": _proxyclip,
+    "sclip": _sclip,
+    "clearclip": _clearclip,
+    "clearclip-224": _clearclip_224,
+    "naclip": _naclip,
+    "tiny": _tiny,
+}
 
 
 @dataclass(frozen=True)
@@ -175,11 +224,12 @@ class Protocol:
 
     Attributes:
         dataset: name of the layout.
-        pictures, fingerprint: how many pictures, and a hash of their list.
+        pictures, names: how many pictures, and a hash of their names in order.
         preset: see `Preset`.
         classes: the text queries of each class.
         reduce_zero_label, ignore, background: see `fsa.evaluation.layouts.Layout`.
         host, model, pretrained, vfm, vfm_pretrained: as `fsa.load_segmentor` takes them.
+        weights, vfm_weights: hashes of the two models' weights.
         feedback: the configuration of FSA, or None for the host alone.
         backend, device, dtype: what computed; another may round differently.
         window_batch, chunk: windows per forward pass and pictures per unit of work: they decide
@@ -189,7 +239,7 @@ class Protocol:
 
     dataset: str
     pictures: int
-    fingerprint: str
+    names: str
     preset: Preset
     classes: tuple[tuple[str, ...], ...]
     reduce_zero_label: bool
@@ -198,8 +248,10 @@ class Protocol:
     host: str
     model: str
     pretrained: str | None
+    weights: str | None
     vfm: str | None
     vfm_pretrained: str | None
+    vfm_weights: str | None
     feedback: dict[str, Any] | None
     backend: str
     device: str
@@ -212,11 +264,6 @@ class Protocol:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them."""
         return json.loads(json.dumps(asdict(self)))
-
-    def fingerprint_of_all(self) -> str:
-        """A short hash of every field."""
-        text = json.dumps(self.to_dict(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def describe(self) -> str:
         """The protocol as lines for a reader; class names are only counted."""
@@ -234,6 +281,15 @@ class Protocol:
         return "\n".join(lines)
 
 
+# What is too long to be shown, or says nothing to a reader.
+_WITHOUT_VALUES = {
+    "classes": "other names",
+    "names": "other pictures",
+    "weights": "the model's are others now",
+    "vfm_weights": "the vfm's are others now",
+}
+
+
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Where two protocols, as dictionaries, differ: "preset.stride: 112, now 56"."""
     found: list[str] = []
@@ -242,8 +298,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
         if isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, f"{prefix}{name}.")
         elif old != new:
-            if name == "classes":
-                found.append(f"{prefix}classes: other names")
+            if name in _WITHOUT_VALUES:
+                found.append(f"{prefix}{name}: {_WITHOUT_VALUES[name]}")
             else:
                 found.append(f"{prefix}{name}: {old!r}, now {new!r}")
     return found
@@ -253,14 +309,15 @@ def table() -> str:
     """Every preset as one line, for `fsa eval --list`."""
     lines = [
         f"{'preset':<26}{'short':>6}{'window':>7}{'stride':>7}{'prob_thd':>9}{'area_thd':>9}"
-        f"{'scale':>6}"
+        f"{'scale':>6}{'pamr':>5}"
     ]
     for family in FAMILIES:
         for dataset in (*LAYOUTS, FOLDER):
             p = preset(family, dataset)
+            window, stride = ("whole", "-") if p.whole else (p.window, p.stride)
             lines.append(
-                f"{p.name:<26}{p.short_side:>6}{p.window:>7}{p.stride:>7}{p.prob_thd:>9g}"
-                f"{p.area_thd:>9g}{p.logit_scale:>6g}"
+                f"{p.name:<26}{p.short_side:>6}{window:>7}{stride:>7}{p.prob_thd:>9g}"
+                f"{p.area_thd:>9g}{p.logit_scale:>6g}{p.pamr_steps:>5}"
             )
     return "\n".join(lines)
 

@@ -8,9 +8,15 @@ import numpy as np
 
 from fsa.evaluation import paper
 from fsa.evaluation.protocol import family_of
-from fsa.evaluation.runner import Result
+from fsa.evaluation.result import Result
 
 _SKIPPED_SHOWN = 10
+
+_UNLIKE_PUBLISHED = (
+    "note: published numbers on this benchmark are of mmsegmentation's metric, which leaves out "
+    "class 255 and counts what is labelled on unlabelled pixels as wrong; here class 255 counts "
+    "and unlabelled pixels do not, so the two do not compare"
+)
 
 
 def text(result: Result) -> str:
@@ -27,6 +33,8 @@ def text(result: Result) -> str:
         f"mIoU {100 * result.miou():.2f}  over {present} classes, {result.pictures} pictures, "
         f"{result.counts.sum():,} pixels, in {result.seconds:.0f} s",
     ]
+    if result.protocol["dataset"] in ("ade847", "context459"):
+        lines.append(_UNLIKE_PUBLISHED)
     if result.skipped:
         lines.append(f"{len(result.skipped)} pictures were skipped and are in no number:")
         lines += [f"  {why}" for why in list(result.skipped.values())[:_SKIPPED_SHOWN]]
@@ -48,12 +56,15 @@ def comparison(result: Result) -> list[str]:
         f"({measured - cell.without:+.2f}), {cell.with_fsa:.1f} with FSA "
         f"({measured - cell.with_fsa:+.2f}); this run is {'with' if feedback else 'without'} FSA"
     ]
+    if cell.note:
+        lines.append(f"note: {cell.note}")
     return lines + [f"not comparable: {reason}" for reason in _obstacles(protocol, cell)]
 
 
 def _obstacles(protocol: dict[str, Any], cell: paper.Cell) -> list[str]:
     reasons = []
-    published = f"{family_of(cell.host, cell.model)}/{cell.dataset}"
+    family = family_of(cell.host, cell.model, protocol["feedback"] is not None)
+    published = f"{family}/{cell.dataset}"
     used = protocol["preset"]["name"]
     if used != published:
         reasons.append(f"preset {used} instead of {published}")

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 import fsa
-from fsa.errors import InputError
-from fsa.evaluation import processes, state
-from fsa.evaluation.batching import merged_cosines
+from fsa.errors import InputError, named_out_of_memory
+from fsa.evaluation import fingerprint, locking, processes, state
+from fsa.evaluation.batching import merged_cosines, whole_cosines
 from fsa.evaluation.datasets import Dataset
-from fsa.evaluation.loading import Loaded, loader
-from fsa.evaluation.metrics import ConfusionMatrix, iou, mean_iou
+from fsa.evaluation.loading import Loaded, Normalisation, loader
+from fsa.evaluation.metrics import ConfusionMatrix
 from fsa.evaluation.protocol import Preset, Protocol
-from fsa.files import make_directory, write_whole
+from fsa.evaluation.refinement import pixel_adaptive_refinement
+from fsa.evaluation.result import Result
+from fsa.files import make_directory
 from fsa.models.text import TextQueries
 from fsa.segment.labels import label_map
 from fsa.segment.segmentor import Segmentor
@@ -34,78 +30,6 @@ from fsa.segment.segmentor import Segmentor
 ON_ERROR = ("stop", "skip")
 
 _SECONDS_BETWEEN_SAVES = 5.0
-
-
-@dataclass(frozen=True)
-class Result:
-    """What an evaluation found.
-
-    Attributes:
-        counts: (C,C) int64: entry [t, p] is how many pixels of class t were labelled p.
-        class_names: one per class.
-        pictures: how many were counted.
-        skipped: name of each picture that could not be -> why.
-        seconds: time spent, over all runs that led here.
-        protocol: what was done.
-    """
-
-    counts: np.ndarray
-    class_names: tuple[str, ...]
-    pictures: int
-    skipped: dict[str, str]
-    seconds: float
-    protocol: dict[str, Any]
-
-    def iou(self) -> np.ndarray:
-        """Intersection over union of each class, NaN where a class is nowhere."""
-        return iou(self.counts)
-
-    def miou(self) -> float:
-        """Mean IoU over the classes that occur, in [0, 1]; NaN if no pixel was counted."""
-        return mean_iou(self.counts) if self.counts.any() else float("nan")
-
-    def accuracy(self) -> float:
-        """Share of the counted pixels that are right; NaN if there are none."""
-        total = self.counts.sum()
-        return float(np.diag(self.counts).sum() / total) if total else float("nan")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON has it; classes that are nowhere have None."""
-        scores = {
-            name: None if np.isnan(value) else round(float(value), 6)
-            for name, value in zip(self.class_names, self.iou(), strict=True)
-        }
-        return {
-            "miou": _number(self.miou()),
-            "pixel_accuracy": _number(self.accuracy()),
-            "pixels": int(self.counts.sum()),
-            "pictures": self.pictures,
-            "skipped": self.skipped,
-            "seconds": round(self.seconds, 1),
-            "iou": scores,
-            "protocol": self.protocol,
-            "confusion": self.counts.tolist(),
-        }
-
-    def save(self, folder: Path) -> None:
-        """Writes result.json and per_class.csv."""
-        record = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-        text = json.dumps(record | self.to_dict()) + "\n"
-        write_whole(folder / "result.json", lambda out: out.write(text.encode()))
-        rows = io.StringIO()
-        writer = csv.writer(rows, lineterminator="\n")
-        writer.writerow(["class", "iou", "true pixels", "labelled pixels", "right pixels"])
-        for index, (name, value) in enumerate(zip(self.class_names, self.iou(), strict=True)):
-            writer.writerow(
-                [
-                    name,
-                    "" if np.isnan(value) else f"{value:.6f}",
-                    int(self.counts[index].sum()),
-                    int(self.counts[:, index].sum()),
-                    int(self.counts[index, index]),
-                ]
-            )
-        write_whole(folder / "per_class.csv", lambda out: out.write(rows.getvalue().encode()))
 
 
 def evaluate(
@@ -146,8 +70,9 @@ def evaluate(
         announce: called with the protocol by the first process, before any work.
 
     Raises:
-        InputError: a file that cannot be used, with on_error="stop", by name; an `out` that holds
-            an evaluation under another protocol; an argument that is not accepted.
+        InputError: a file that cannot be used, with on_error="stop", by name; an `out` in which
+            another evaluation is running, or that holds one under another protocol or of files
+            that have changed since; an argument that is not accepted.
     """
     chunk = window_batch if chunk is None else chunk
     for name, value, least in (
@@ -160,15 +85,17 @@ def evaluate(
     if on_error not in ON_ERROR:
         raise InputError(f"on_error={on_error!r} must be one of {ON_ERROR}")
     _check_sizes(segmentor, preset)
-    protocol = _protocol(segmentor, dataset, preset, window_batch, chunk, vfm_pretrained)
     group = processes.current()
     make_directory(out)
-    if announce is not None and group.rank == 0:
-        announce(protocol)
-    run = _Run(segmentor, dataset, preset, protocol, out, group, quiet)
-    run.resume(restart)
-    run.work(workers, skip=on_error == "skip")
-    return run.finish()
+    with locking.exclusive(out, group):
+        quiet = quiet or group.rank > 0
+        protocol = _protocol(segmentor, dataset, preset, window_batch, chunk, vfm_pretrained, quiet)
+        if announce is not None and group.rank == 0:
+            announce(protocol)
+        run = _Run(segmentor, dataset, preset, protocol, out, group, quiet)
+        run.resume(restart)
+        run.work(workers, skip=on_error == "skip")
+        return run.finish()
 
 
 class _Run:
@@ -185,6 +112,8 @@ class _Run:
         quiet: bool,
     ) -> None:
         self.segmentor = segmentor
+        loaded = segmentor.loaded
+        self.normalise = Normalisation(loaded.mean, loaded.std, loaded.device)
         self.dataset = dataset
         self.preset = preset
         self.protocol = protocol
@@ -205,13 +134,13 @@ class _Run:
                 file.unlink()
         self.group.barrier()
         if self.file.exists():
-            self.own = state.load(self.file, self.record)
+            self.own = self._load(self.file)
         if self.group.rank == 0:
             # Of processes that this run does not have.
             ours = {state.state_file(self.out, rank) for rank in range(self.group.size)}
             for file in state.state_files(self.out):
                 if file not in ours:
-                    self.earlier.merge(state.load(file, self.record))
+                    self.earlier.merge(self._load(file))
         shares = self.group.gather(self.own.chunks | self.earlier.chunks)
         done = set().union(*shares)
         if sum(map(len, shares)) != len(done):
@@ -219,12 +148,43 @@ class _Run:
         count = -(-len(self.dataset.samples) // self.protocol.chunk)
         open_chunks = [number for number in range(count) if number not in done]
         self.remaining = open_chunks[self.group.rank :: self.group.size]
-        if done and not self.quiet and self.group.rank == 0:
+        if done and not self.quiet:
             pictures = sum(len(self.pictures_of(number)) for number in done)
             print(
                 f"going on after {pictures} of {len(self.dataset.samples)} pictures",
                 file=sys.stderr,
             )
+
+    def _load(self, file: Path) -> state.State:
+        """A state of which every counted file is still what it was.
+
+        Raises:
+            InputError: as `state.load`; a picture or a mask that has changed.
+        """
+        loaded = state.load(file, self.record)
+        for number, counted in loaded.contents.items():
+            for what, before, now in zip(
+                ("picture", "mask"), counted, self._contents_of(number), strict=True
+            ):
+                if before != now:
+                    raise InputError(self._changed(what, number))
+        return loaded
+
+    def _contents_of(self, chunk: int) -> tuple[str, str]:
+        samples = [self.dataset.samples[index] for index in self.pictures_of(chunk)]
+        return (
+            fingerprint.of_files(sample.image for sample in samples),
+            fingerprint.of_files(sample.mask for sample in samples),
+        )
+
+    def _changed(self, what: str, chunk: int) -> str:
+        samples = [self.dataset.samples[index] for index in self.pictures_of(chunk)]
+        paths = [sample.image if what == "picture" else sample.mask for sample in samples]
+        return (
+            f"{self.out} holds an evaluation of other files: {what}s have changed since they were "
+            f"counted, such as {fingerprint.newest(paths)}. Pass another --out, or --restart to "
+            "count them again."
+        )
 
     def pictures_of(self, chunk: int) -> range:
         size = self.protocol.chunk
@@ -235,6 +195,8 @@ class _Run:
         indices = [index for number in self.remaining for index in self.pictures_of(number)]
         if not indices:
             return
+        # Before the first is read: what changes while it is read was not counted as it is now.
+        contents = {number: self._contents_of(number) for number in self.remaining}
         queries = self.segmentor.encode(self.dataset.classes, allow_repeats=True)
         device = self.segmentor.loaded.device
         share = f"process 1 of {self.group.size}: " if self.group.size > 1 else ""
@@ -242,7 +204,7 @@ class _Run:
             total=len(indices),
             unit="picture",
             desc=f"{share}{self.dataset.name}",
-            disable=self.quiet or self.group.rank > 0,
+            disable=self.quiet,
             smoothing=0.05,
             file=sys.stderr,
         )
@@ -253,11 +215,14 @@ class _Run:
             try:
                 for number in self.remaining:
                     self._count(number, loaded, queries, bar, skip)
+                    self.own.contents[number] = contents[number]
                     self.own.seconds = before + time.monotonic() - started
                     if time.monotonic() - self.saved_at > _SECONDS_BETWEEN_SAVES:
                         self._save()
             finally:
-                self._save()
+                # A run that counted nothing leaves nothing that another one must agree with.
+                if self.own.contents:
+                    self._save()
 
     def _count(
         self, number: int, loaded: Iterator[Loaded], queries: TextQueries, bar: tqdm, skip: bool
@@ -266,6 +231,7 @@ class _Run:
         device = self.segmentor.loaded.device
         matrix = ConfusionMatrix(len(self.dataset.classes), device)
         masks: dict[int, Tensor] = {}
+        colours: dict[int, Tensor] = {}
         skipped: dict[str, str] = {}
 
         def images() -> Iterator[tuple[int, Tensor]]:
@@ -278,36 +244,60 @@ class _Run:
                     bar.update()
                     continue
                 masks[item.index] = item.mask.to(device, non_blocking=True)
-                image = item.image.to(device, non_blocking=True)
-                yield item.index, self.segmentor.normalise(image.float() / 255)
+                image = self.normalise(item.image.to(device, non_blocking=True))
+                if self.preset.pamr_steps:
+                    colours[item.index] = image
+                yield item.index, image
 
-        background = self.protocol.background if self.preset.prob_thd > 0 else None
         pictures = 0
-        for index, cosines in merged_cosines(
-            self.segmentor,
-            images(),
-            queries,
-            self.preset.window,
-            self.preset.stride,
-            self.protocol.window_batch,
-        ):
+        for index, cosines in self._cosines(images(), queries):
             mask = masks.pop(index)
-            labels = label_map(
-                cosines,
-                queries,
-                tuple(mask.shape),
-                self.preset.prob_thd,
-                background,
-                scale=self.preset.logit_scale,
-                area_thd=self.preset.area_thd,
-            )
-            matrix.add(labels, mask)
+            size = tuple(mask.shape)
+            if self.preset.pamr_steps:
+                cosines = self._refined(cosines, colours.pop(index), size)
+            matrix.add(self._labels(cosines, queries, size), mask)
             pictures += 1
             bar.update()
         self.own.counts += matrix.counts().numpy()
         self.own.pictures += pictures
         self.own.skipped |= skipped
-        self.own.chunks.add(number)
+
+    def _cosines(
+        self, images: Iterator[tuple[int, Tensor]], queries: TextQueries
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The number and the cosines (Q,h,w) of each picture, at its working size."""
+        if self.preset.whole:
+            return whole_cosines(self.segmentor, images, queries)
+        return merged_cosines(
+            self.segmentor,
+            images,
+            queries,
+            self.preset.window,
+            self.preset.stride,
+            self.protocol.window_batch,
+        )
+
+    def _refined(self, cosines: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+        """Cosines (Q,H,W) at a picture's own size, refined by its colours."""
+        what = f"PAMR of {len(cosines)} maps of {size[0]} x {size[1]} pixels"
+        with named_out_of_memory(what, "pass --pamr-steps 0"):
+            maps, image = (
+                functional.interpolate(x[None], size=size, mode="bilinear")[0]
+                for x in (cosines, image)
+            )
+            return pixel_adaptive_refinement(maps, image, self.preset.pamr_steps)
+
+    def _labels(self, cosines: Tensor, queries: TextQueries, size: tuple[int, int]) -> Tensor:
+        """Labels (H,W) at a picture's own size."""
+        return label_map(
+            cosines,
+            queries,
+            size,
+            self.preset.prob_thd,
+            self.protocol.background if self.preset.prob_thd > 0 else None,
+            scale=self.preset.logit_scale,
+            area_thd=self.preset.area_thd,
+        )
 
     def _save(self) -> None:
         state.save(self.file, self.own, self.record)
@@ -351,8 +341,9 @@ def _protocol(
     window_batch: int,
     chunk: int,
     vfm_pretrained: str | None,
+    quiet: bool,
 ) -> Protocol:
-    loaded = segmentor.loaded
+    loaded, vfm = segmentor.loaded, segmentor.vfm
     background = dataset.background
     if preset.prob_thd > 0 and background is None:
         raise InputError(
@@ -363,7 +354,7 @@ def _protocol(
     return Protocol(
         dataset=dataset.name,
         pictures=len(dataset.samples),
-        fingerprint=dataset.fingerprint(),
+        names=fingerprint.of_names(sample.name for sample in dataset.samples),
         preset=preset,
         classes=dataset.classes,
         reduce_zero_label=dataset.reduce_zero_label,
@@ -372,8 +363,10 @@ def _protocol(
         host=segmentor.host_name,
         model=loaded.name,
         pretrained=loaded.pretrained,
-        vfm=segmentor.vfm.name if segmentor.vfm else None,
+        weights=fingerprint.of_weights(loaded.model, quiet=quiet),
+        vfm=vfm.name if vfm else None,
         vfm_pretrained=vfm_pretrained,
+        vfm_weights=fingerprint.of_weights(vfm.module if vfm else None, quiet=quiet),
         feedback=segmentor.config.to_dict() if segmentor.config else None,
         backend=segmentor.host.backend,
         device=torch.cuda.get_device_name(loaded.device) if on_gpu else loaded.device.type,
@@ -383,7 +376,3 @@ def _protocol(
         fsa=fsa.__version__,
         torch=torch.__version__,
     )
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else value

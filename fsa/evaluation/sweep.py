@@ -14,7 +14,7 @@ from typing import Any
 from fsa.config import ADAPTATIONS, FSAConfig
 from fsa.errors import InputError
 from fsa.evaluation import paper
-from fsa.evaluation.runner import Result
+from fsa.evaluation.result import Result
 from fsa.files import write_whole
 
 # Points of mIoU that the plot of a sweep shows at least.

@@ -15,7 +15,9 @@ from fsa.hosts.base import Host
 from fsa.hosts.block import LastAttention, LastBlock
 from fsa.hosts.function import AttentionFunction, FunctionHost
 from fsa.hosts.naclip import NACLIP
+from fsa.hosts.pearl import PEARL
 from fsa.hosts.proxy import ProxyCLIP
+from fsa.hosts.segearth import SegEarth
 from fsa.hosts.self_attention import (
     CLIP,
     SCLIP,
@@ -47,6 +49,8 @@ _HOSTS: dict[str, type[Host]] = {
     "clearclip": ClearCLIP,
     "proxyclip": ProxyCLIP,
     "naclip": NACLIP,
+    "segearth": SegEarth,
+    "pearl": PEARL,
     "qk": QueryKey,
     "qq": QueryQuery,
     "kk": KeyKey,
@@ -85,7 +89,8 @@ def build(host: str | AttentionFunction, visual: nn.Module, **host_options: Any)
         visual: the `visual` part of an open_clip model, a plain `VisionTransformer`; or a `Tower`,
             such as `fsa.models.transformers.CLIPTower(model)`.
         **host_options: `backend` for all; `residual` for all but ProxyCLIP; `shift` and `gain`
-            for ProxyCLIP; `std` for NACLIP.
+            for ProxyCLIP; `std` for NACLIP; `class_weight` for SegEarth; `steps` and `key_weight`
+            for PEARL.
 
     Raises:
         InputError: an unknown name or option, or another kind of tower.

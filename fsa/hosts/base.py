@@ -12,7 +12,7 @@ from fsa import ops
 from fsa.config import FSAConfig
 from fsa.errors import InputError
 from fsa.hosts.block import LastAttention, LastBlock
-from fsa.models.tower import Tower
+from fsa.models.timm_tower import tower_of
 from fsa.ops.checks import autocast_off
 
 
@@ -70,6 +70,10 @@ def adapted_heads(
 class Host(nn.Module, ABC):
     """A training-free CLIP segmentor: a vision tower with another attention in its last block.
 
+    Attributes:
+        compared_as_they_are: whether the product of `features` and texts takes the place of their
+            cosine; features are then not to be normalised.
+
     Args:
         visual: a plain open_clip `VisionTransformer`, or a `Tower`.
         residual: whether the last block keeps its residual connection and feed-forward network;
@@ -79,6 +83,7 @@ class Host(nn.Module, ABC):
 
     published_residual: bool
     needs_vfm = False
+    compared_as_they_are = False
 
     def __init__(
         self, visual: nn.Module, *, residual: bool | None = None, backend: str = "auto"
@@ -86,7 +91,7 @@ class Host(nn.Module, ABC):
         super().__init__()
         if backend not in ops.BACKENDS:
             raise InputError(f"backend={backend!r} is not known: it must be one of {ops.BACKENDS}")
-        self.tower = visual if isinstance(visual, Tower) else Tower(visual)
+        self.tower = tower_of(visual)
         self.residual = self.published_residual if residual is None else residual
         self.backend = backend
 
@@ -127,15 +132,16 @@ class Host(nn.Module, ABC):
                 tokens = self.tower.trunk(images)
             else:
                 self.tower.check_tokens(tokens, images)
-            attention = self.attention(LastBlock(self.tower, images, tokens, vfm_features), config)
+            block = LastBlock(self.tower, images, tokens, vfm_features)
+            attention = self.attention(block, config)
 
             def tail(heads: Tensor) -> Tensor:
                 return self.tail(tokens, heads)
 
-            if config is None:
-                return tail(attention.attended)
-            heads = adapted_heads(attention, tail, text_features, config, self.backend)
-            return tail(heads)
+            heads = attention.attended
+            if config is not None:
+                heads = adapted_heads(attention, tail, text_features, config, self.backend)
+            return self.finish(block, tail(heads))
 
     # What `torch.nn.Module` calls.
     forward = features
@@ -148,6 +154,10 @@ class Host(nn.Module, ABC):
             block: what enters it.
             config: of the feedback that will follow, for hosts that prepare it, or None.
         """
+
+    def finish(self, block: LastBlock, features: Tensor) -> Tensor:
+        """What a host makes of the features (B,N,E) after all feedback: here nothing."""
+        return features
 
     def tail(self, tokens: Tensor, heads: Tensor) -> Tensor:
         """From what the heads gathered to features in the shared space; see `adapted_heads`."""

@@ -61,7 +61,7 @@ class LastBlock:
 
     def _projections(self) -> dict[str, Tensor]:
         if not self._projected:
-            self._projected.update(self.tower.project(self.tokens, "qkv"))
+            self._projected.update(self.tower.project(self.tokens, "qkv", self.grid))
         return self._projected
 
 

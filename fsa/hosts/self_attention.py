@@ -74,7 +74,7 @@ class SelfAttentionHost(Host):
         needed = {*"".join(self.pairs), "v"}
         names = "".join(name for name in "qkv" if name in needed)
         return attention_of_pairs(
-            self.tower.project(block.tokens, names),
+            self.tower.project(block.tokens, names, block.grid),
             self.pairs,
             self.backend,
             config,

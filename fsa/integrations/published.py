@@ -53,8 +53,9 @@ def plug_in(
 
     - ProxyCLIP: `ex_feats, beta, gamma, token_size`. The mean of the affinity is taken per image,
       where the published code takes it over the batch: the same for one image at a time.
-    - ClearCLIP: `model_type`, any of "vanilla", "MaskCLIP", "SCLIP" and "ClearCLIP". Whether the
-      residual connection is kept is read from the tower's argument `ignore_residual`.
+    - ClearCLIP and SegEarth-OV: `model_type`, any of "vanilla", "MaskCLIP", "SCLIP", "ClearCLIP"
+      and "SegEarth". Whether the residual connection is kept is read from the tower's argument
+      `ignore_residual`.
     - SCLIP: `csa`.
 
     Args:

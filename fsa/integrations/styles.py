@@ -22,6 +22,7 @@ _MODEL_TYPES = {
     "SCLIP": ("qq", "kk"),
     "ClearCLIP": ("qq",),
     "MaskCLIP": (),
+    "SegEarth": ("qq", "kk", "vv"),
 }
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from fsa.errors import InputError, ModelUnavailableError
 from fsa.models.checkpoints import check_weights, unreadable
 from fsa.models.hub import hub_if_reachable, unavailable
-from fsa.models.tower import Tower
+from fsa.models.tower import PUBLISHED_OFFSET, Tower, resized_positions
 
 LAYER = "layer"
 
@@ -30,18 +30,23 @@ class _Known:
     Attributes:
         timm_name: with the tag of its weights.
         side: pictures are resized to side x side; None leaves them as they are.
+        position_offset: with which positional embeddings are resized off the trained grid, see
+            `fsa.models.tower.resized_positions`; None leaves that to timm, which smooths.
     """
 
     timm_name: str
     side: int | None = None
+    position_offset: float | None = None
 
 
+# Positions are resized as ProxyCLIP's and FSA's code has it: DINO's by its own function, MAE's edge
+# to edge, and DINOv2's with smoothing, which is what timm does.
 _KNOWN = {
-    "dino": _Known("vit_base_patch8_224.dino"),
+    "dino": _Known("vit_base_patch8_224.dino", position_offset=PUBLISHED_OFFSET),
     "dinov2": _Known("vit_base_patch14_reg4_dinov2.lvd142m"),
     "dinov3": _Known("vit_base_patch16_dinov3.lvd1689m"),
     "sam": _Known("samvit_base_patch16.sa1b", side=1024),
-    "mae": _Known("vit_base_patch16_224.mae"),
+    "mae": _Known("vit_base_patch16_224.mae", position_offset=0.0),
 }
 
 
@@ -56,10 +61,12 @@ class VFM(ABC):
     Attributes:
         name: for records and presets.
         multiple: height and width of pictures must be multiples of it, in pixels.
+        module: with the weights that it has besides CLIP's, or None.
     """
 
     name: str
     multiple: int = 1
+    module: nn.Module | None = None
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Tensor:
@@ -112,7 +119,7 @@ def load_vfm(
     known = _KNOWN[vfm]
     model = _create(vfm, known, pretrained, cache_dir)
     model = model.eval().requires_grad_(False).to(tower.device, tower.dtype)
-    return _TimmVFM(vfm, model, known.side, mean, std)
+    return _TimmVFM(vfm, model, known, mean, std)
 
 
 class _TimmVFM(VFM):
@@ -122,15 +129,16 @@ class _TimmVFM(VFM):
         self,
         name: str,
         model: nn.Module,
-        side: int | None,
+        known: _Known,
         mean: tuple[float, ...],
         std: tuple[float, ...],
     ) -> None:
         self.name = name
-        self.model = model
-        self.side = side
+        self.model = self.module = model
+        self.side = known.side
+        self._position_offset = known.position_offset
         self._patch = model.patch_embed.patch_size[0]
-        self.multiple = 1 if side is not None else self._patch
+        self.multiple = 1 if known.side is not None else self._patch
         # From CLIP's statistics to the model's: x' = x * gain + offset.
         cfg = model.pretrained_cfg
         gain = torch.tensor(std) / torch.tensor(cfg["std"])
@@ -150,12 +158,26 @@ class _TimmVFM(VFM):
         if self.side is not None:
             size = (self.side, self.side)
             images = functional.interpolate(images, size=size, mode="bilinear")
-        features = self.model.forward_features(images)
+        grid = (images.shape[-2] // self._patch, images.shape[-1] // self._patch)
+        if self._position_offset is None:
+            features = self.model.forward_features(images)
+        else:
+            features = self._with_positions(images, grid, self._position_offset)
         if features.ndim == 4:  # SAM's, already a map.
             return features
         tokens = features[:, self.model.num_prefix_tokens :]
-        grid = (images.shape[-2] // self._patch, images.shape[-1] // self._patch)
         return tokens.transpose(1, 2).unflatten(2, grid)
+
+    def _with_positions(self, images: Tensor, grid: tuple[int, int], offset: float) -> Tensor:
+        """`forward_features` of a model with a class token, with positions resized here."""
+        model = self.model
+        positions = resized_positions(
+            model.pos_embed[0], tuple(model.patch_embed.grid_size), grid, 1, offset
+        )
+        # (B,rows,columns,D), as timm's models of varying size have it.
+        patches = model.patch_embed(images).flatten(1, 2)
+        tokens = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        return model.norm(model.blocks(model.norm_pre(tokens + positions)))
 
 
 class _LayerVFM(VFM):
@@ -182,6 +204,7 @@ class _CallableVFM(VFM):
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.name = getattr(function, "__name__", type(function).__name__)
         self._function = function
+        self.module = function if isinstance(function, nn.Module) else None
 
     def __call__(self, images: Tensor) -> Tensor:
         features = self._function(images)

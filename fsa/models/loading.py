@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from fsa.models.checkpoints import (
     unreadable,
 )
 from fsa.models.hub import hub_if_reachable, unavailable
-from fsa.models.tower import Tower
+from fsa.models.timm_tower import tower_of
 
 TINY = "tiny"
 
@@ -81,6 +82,17 @@ class LoadedModel:
         )
 
     @property
+    def temperature(self) -> float | None:
+        """What cosines were multiplied with in training, of a model trained with a sigmoid.
+
+        None for one trained with a softmax. A bias tells them apart; see
+        `fsa.config.logit_scale_factor`.
+        """
+        if getattr(self.model, "logit_bias", None) is None:
+            return None
+        return float(self.model.logit_scale.float().exp())
+
+    @property
     def dtype(self) -> torch.dtype:
         return next(self.model.visual.parameters()).dtype
 
@@ -121,10 +133,9 @@ def load_model(
     _check_tower(name)
     tag, file = _weights(name, pretrained, cache_dir)
     refuse_torchscript(file)
-    settings = get_pretrained_cfg(name, tag) if tag is not None else {}
+    settings = get_pretrained_cfg(name, tag) if tag is not None else _shared_settings(name)
     quick_gelu = settings.get("quick_gelu", False) if tag is not None else _quick_gelu(name, file)
-    with _quiet():
-        model = open_clip.create_model(name, force_quick_gelu=quick_gelu, pretrained_text=False)
+    model = _create(name, quick_gelu)
     _load_into(model, file, name)
     return LoadedModel(
         model=_ready(model, device, dtype, file),
@@ -221,7 +232,7 @@ def _check_tower(name: str) -> None:
             settings["embed_dim"], settings["vision_cfg"], settings.get("quick_gelu", False)
         )
     try:
-        Tower(visual)
+        tower_of(visual)
     except InputError as error:
         raise InputError(f"model={name!r} is not accepted: {error}") from None
 
@@ -265,6 +276,41 @@ def _weights(name: str, pretrained: str | None, cache_dir: str | None) -> tuple[
         f"pretrained={pretrained!r} is neither a file nor a tag of {name}; its tags are "
         f"{', '.join(tags) or 'none'}"
     )
+
+
+def _shared_settings(name: str) -> dict[str, Any]:
+    """The statistics of pictures that all pretrained weights of a name agree on, for a file of it.
+
+    SigLIP, PE and MobileCLIP were trained on pictures that are normalised otherwise than CLIP's.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    every = [get_pretrained_cfg(name, tag) for tag in tags]
+    return {
+        key: every[0].get(key)
+        for key in ("mean", "std")
+        if every and all(settings.get(key) == every[0].get(key) for settings in every)
+    }
+
+
+def _create(name: str, quick_gelu: bool) -> nn.Module:
+    """open_clip's model of a name without weights; some text towers are described on a hub."""
+    text = open_clip.get_model_config(name)["text_cfg"]
+    from_hub = text.get("hf_model_name")
+    if (from_hub or "hf_tokenizer_name" in text) and find_spec("transformers") is None:
+        raise InputError(
+            f"the text of {name} goes through the transformers library, which is not installed: "
+            "pip install 'fsa-kernels[transformers]'"
+        )
+    try:
+        with _quiet(), hub_if_reachable() if from_hub else nullcontext():
+            return open_clip.create_model(name, force_quick_gelu=quick_gelu, pretrained_text=False)
+    # The hub's client and its HTTP library raise many kinds of errors here.
+    except Exception:
+        if not from_hub:
+            raise
+        raise unavailable(
+            f"the text tower of {name}", from_hub, "copy its config.json into the hub's cache"
+        ) from None
 
 
 def _download(name: str, tag: str, cache_dir: str | None) -> Path:

@@ -8,6 +8,9 @@ from torch.nn import functional
 
 from fsa.errors import InputError
 
+PUBLISHED_OFFSET = 0.1
+"""See `resized_positions`. Once added against a rounding error in the size of the result."""
+
 _ATTENTION_INPUTS = "qkv"
 
 
@@ -19,6 +22,7 @@ class Tower(nn.Module):
 
     Attributes:
         prefix_tokens: how many tokens come before the patches': the class token.
+        has_class_token: whether the first of all tokens is a class token.
 
     Args:
         visual: the `visual` part of an open_clip model; used as it is, neither copied nor changed.
@@ -28,6 +32,7 @@ class Tower(nn.Module):
     """
 
     prefix_tokens = 1
+    has_class_token = True
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
@@ -83,7 +88,8 @@ class Tower(nn.Module):
         Raises:
             InputError: a size that is not a positive multiple of the patch size.
         """
-        return self._run_blocks(self._tokens(images), slice(self.layers - 1))
+        grid = self.grid(*images.shape[-2:])
+        return self._run_blocks(self._tokens(images), slice(self.layers - 1), grid)
 
     def layer_features(self, images: Tensor, layer: int) -> Tensor:
         """The patch tokens that enter block `layer`: images (B,3,H,W) -> (B,D,gh,gw).
@@ -92,8 +98,9 @@ class Tower(nn.Module):
             InputError: a layer the tower does not have, or as `trunk`.
         """
         self._require_layer(layer)
-        entering = self._run_blocks(self._tokens(images), slice(layer))
-        return self._patch_map(entering, images)
+        grid = self.grid(*images.shape[-2:])
+        entering = self._run_blocks(self._tokens(images), slice(layer), grid)
+        return self._patch_map(entering, grid)
 
     def layer_and_trunk(self, images: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """`layer_features` and `trunk` of the same images, with every block run once.
@@ -102,9 +109,10 @@ class Tower(nn.Module):
             InputError: as `layer_features`.
         """
         self._require_layer(layer)
-        entering = self._run_blocks(self._tokens(images), slice(layer))
-        tokens = self._run_blocks(entering, slice(layer, self.layers - 1))
-        return self._patch_map(entering, images), tokens
+        grid = self.grid(*images.shape[-2:])
+        entering = self._run_blocks(self._tokens(images), slice(layer), grid)
+        tokens = self._run_blocks(entering, slice(layer, self.layers - 1), grid)
+        return self._patch_map(entering, grid), tokens
 
     def check_tokens(self, tokens: Tensor, images: Tensor) -> None:
         """Raises InputError for tokens that are not shaped as `trunk` makes them of the images."""
@@ -116,12 +124,16 @@ class Tower(nn.Module):
                 f"images; they have {tuple(tokens.shape)}"
             )
 
-    def project(self, tokens: Tensor, names: str) -> dict[str, Tensor]:
+    def project(
+        self, tokens: Tensor, names: str, grid: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
         """Queries, keys and values of the last block.
 
         Args:
             tokens: (B,L,D), as they enter the block.
             names: which of "q", "k", "v", in this order.
+            grid: rows and columns of the patches among the tokens; for queries and keys of towers
+                with rotary positions, which are part of them.
 
         Returns:
             name -> (B,H,L,d).
@@ -167,13 +179,13 @@ class Tower(nn.Module):
                 f"layer={layer} is not accepted: the tower has blocks 0 to {self.layers - 1}"
             )
 
-    def _patch_map(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """The patches of tokens (B,1+N,D) on the grid of their images: (B,D,gh,gw)."""
+    def _patch_map(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The patches of tokens (B,1+N,D) on their grid: (B,D,gh,gw)."""
         patches = tokens[:, self.prefix_tokens :]
-        return patches.transpose(1, 2).unflatten(2, self.grid(*images.shape[-2:]))
+        return patches.transpose(1, 2).unflatten(2, grid)
 
-    def _run_blocks(self, tokens: Tensor, blocks: slice) -> Tensor:
-        """Some of the blocks, as they follow one another, on tokens (B,1+N,D)."""
+    def _run_blocks(self, tokens: Tensor, blocks: slice, grid: tuple[int, int]) -> Tensor:
+        """Some of the blocks, as they follow one another, on tokens (B,1+N,D) of a grid."""
         transformer = self.visual.transformer
         batch_first = getattr(transformer, "batch_first", False)
         if not batch_first:
@@ -212,23 +224,98 @@ def with_branch(tokens: Tensor, branch: Tensor) -> Tensor:
 
 
 def resized_positions(
-    positions: Tensor, trained_grid: tuple[int, int], grid: tuple[int, int], prefix_tokens: int
+    positions: Tensor,
+    trained_grid: tuple[int, int],
+    grid: tuple[int, int],
+    prefix_tokens: int,
+    offset: float = PUBLISHED_OFFSET,
+    *,
+    mode: str = "bicubic",
+    antialias: bool = False,
 ) -> Tensor:
-    """Positional embeddings of another grid than the trained one, bicubic; those before it stay.
+    """Positional embeddings of another grid than the trained one; those before it stay.
 
     Args:
         positions: (prefix_tokens + trained patches, D).
         trained_grid, grid: rows and columns.
         prefix_tokens: how many rows of `positions` belong to no patch.
+        offset: added to the rows and columns of `grid` where the distance from one patch to the
+            next on the trained grid is computed: trained / (grid + offset). 0 lays one grid edge
+            to edge over the other. The default is that of the published code of every host here
+            and of DINO, which otherwise disagrees on about one label in a thousand.
+        mode: of the resizing, "bicubic" or "bilinear".
+        antialias: whether shrinking smooths; the papers' code does not, timm's models do.
     """
     # A compiler would make a graph of its own for the trained grid; there resizing is the identity.
-    if not torch.compiler.is_compiling() and grid == trained_grid:
+    compiling = torch.compiler.is_compiling()
+    if not compiling and grid == trained_grid:
         return positions
-    of_patches = positions[prefix_tokens:].unflatten(0, trained_grid).permute(2, 0, 1)[None]
+    of_patches = positions[prefix_tokens:]
+    if compiling and offset:
+        # `interpolate` would make a constant of the scale, and so a graph for every grid.
+        of_patches = _traced_resize(of_patches, trained_grid, grid, offset)
+    else:
+        of_patches = _resize(of_patches, trained_grid, grid, offset, mode, antialias)
+    return torch.cat([positions[:prefix_tokens], of_patches.to(positions.dtype)])
+
+
+def _resize(
+    positions: Tensor,
+    trained_grid: tuple[int, int],
+    grid: tuple[int, int],
+    offset: float,
+    mode: str,
+    antialias: bool,
+) -> Tensor:
+    """(trained patches, D) -> (patches, D) in float32."""
+    maps = positions.unflatten(0, trained_grid).permute(2, 0, 1)[None]
+    factors = tuple((new + offset) / old for new, old in zip(grid, trained_grid, strict=True))
     # In float32: half-precision bicubic resizing is not there on every device.
-    resized = functional.interpolate(of_patches.float(), size=grid, mode="bicubic")
-    of_patches = resized[0].flatten(1).T.to(positions.dtype)
-    return torch.cat([positions[:prefix_tokens], of_patches])
+    resized = functional.interpolate(
+        maps.float(),
+        size=None if offset else grid,
+        scale_factor=factors if offset else None,
+        mode=mode,
+        antialias=antialias,
+    )
+    return resized[0].flatten(1).T
+
+
+def _traced_resize(
+    positions: Tensor, trained_grid: tuple[int, int], grid: tuple[int, int], offset: float
+) -> Tensor:
+    """What `_resize` computes, from products of matrices whose sizes may vary."""
+    rows, columns = (torch.scalar_tensor(side, device=positions.device) for side in grid)
+    trained = (rows == trained_grid[0]) & (columns == trained_grid[1])
+    # Distances in units of the offset, in which all are whole numbers and exact. On the trained
+    # grid there is no offset: each patch keeps its own place, and its embedding exactly.
+    unit, added = 1 / offset, torch.where(trained, 0.0, 1.0)
+    of_rows, of_columns = (
+        _bicubic_weights(length, old, old * unit / (side * unit + added))
+        for length, old, side in zip(grid, trained_grid, (rows, columns), strict=True)
+    )
+    maps = positions.float().unflatten(0, trained_grid)
+    maps = torch.einsum("rh,hwd->rwd", of_rows, maps)
+    return torch.einsum("cw,rwd->rcd", of_columns, maps).flatten(0, 1)
+
+
+def _bicubic_weights(length: int, trained_length: int, distance: Tensor) -> Tensor:
+    """(length,trained_length): how much of each trained place a new one takes, as PyTorch has it.
+
+    Args:
+        distance: from one new place to the next, in trained ones.
+    """
+    device = distance.device
+    place = (torch.arange(length, device=device) + 0.5) * distance - 0.5
+    nearest = place.floor()
+    steps = torch.arange(-1, 3, device=device)
+    away = ((place - nearest)[:, None] - steps).abs()
+    # Keys' cubic convolution, whose free parameter PyTorch sets to -0.75.
+    near = (1.25 * away - 2.25) * away * away + 1
+    far = -0.75 * (((away - 5) * away + 8) * away - 4)
+    weights = torch.where(away <= 1, near, far)
+    taken = (nearest[:, None] + steps).long().clamp(0, trained_length - 1)
+    return torch.zeros(length, trained_length, device=device).scatter_add(1, taken, weights)
 
 
 def _require_plain(visual: nn.Module) -> None:
@@ -246,13 +333,13 @@ def _require_plain(visual: nn.Module) -> None:
     if missing:
         raise InputError(
             f"{type(visual).__name__} is not a plain open_clip VisionTransformer: it has no "
-            f"{', '.join(missing)}. Take a ViT model such as ViT-B-16, not a ResNet, ConvNeXt or "
-            "timm tower"
+            f"{', '.join(missing)}. Take a ViT instead, such as ViT-B-16"
         )
     if getattr(visual, "attn_pool", None) is not None:
         raise InputError(
-            "the vision tower pools by attention, which leaves no patch features in the space "
-            "shared with text; take a model without attentional pooling"
+            "the vision tower pools by CoCa's attention, with many queries and a projection after "
+            "it, which leaves no patch features in the space shared with text. Take a model "
+            "without attentional pooling instead, such as ViT-L-14"
         )
     attention = getattr(visual.transformer.resblocks[-1], "attn", None)
     if not isinstance(attention, nn.MultiheadAttention) or attention.in_proj_weight is None:

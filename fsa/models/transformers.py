@@ -1,7 +1,8 @@
-"""CLIP and SigLIP models of the transformers library behind the hosts."""
+"""Models of the transformers library behind the hosts: CLIP, its descendants, and SigLIP."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,18 @@ from torch.nn import functional
 
 from fsa.errors import InputError
 from fsa.models.loading import LoadedModel, resolve_device, resolve_dtype
-from fsa.models.tower import Tower, resized_positions, with_branch
+from fsa.models.tower import PUBLISHED_OFFSET, Tower, resized_positions, with_branch
 
 _INSTALL = "pip install 'fsa-kernels[transformers]'"
 # The letters by which presets know the sizes of CLIP's vision towers, by their width.
 _SIZES = {768: "B", 1024: "L", 1280: "H"}
+# Classes whose vision towers are CLIP's, and among them those whose text is read in both
+# directions, so that what is padded must be masked.
+_CLIPS = ("CLIPModel", "MetaClip2Model", "ChineseCLIPModel", "AltCLIPModel", "CLIPSegModel")
+_MASKED = ("ChineseCLIPModel", "AltCLIPModel")
+_SIGLIPS = ("SiglipModel", "Siglip2Model")
+# RoBERTa numbers its positions from the second on.
+_RESERVED_POSITIONS = 2
 
 
 def from_transformers(
@@ -28,10 +36,12 @@ def from_transformers(
     """A model of the transformers library, ready to run behind any host.
 
     Args:
-        model: a `CLIPModel` or `SiglipModel`; put into evaluation mode, and otherwise used as it
-            is: its modules are run, not copied.
-        processor: the model's `CLIPProcessor` or `SiglipProcessor`: its tokenizer reads the
-            texts, and its image processor says how pictures are normalised.
+        model: a `CLIPModel`, `MetaClip2Model`, `ChineseCLIPModel`, `AltCLIPModel` or
+            `CLIPSegModel` (`model.clip` of a `CLIPSegForImageSegmentation`), or a `SiglipModel`
+            (SigLIP2's checkpoints of a fixed resolution are of this class, too) or `Siglip2Model`;
+            put into evaluation mode, and otherwise used as it is: its modules are run, not copied.
+        processor: the model's processor, such as `CLIPProcessor`: its tokenizer reads the texts,
+            and its image processor says how pictures are normalised.
         device, dtype: where and in which type the model is to run; default as it comes. A model
             that is elsewhere is moved.
 
@@ -39,22 +49,28 @@ def from_transformers(
         InputError: another kind of model or processor, or transformers not installed.
     """
     try:
-        from transformers import CLIPModel, SiglipModel
+        import transformers
     except ImportError:
         raise InputError(
             f"model must be a name, not {type(model).__name__}. Models of the transformers library "
             f"are taken where it is installed, at version 5 or newer: {_INSTALL}"
         ) from None
-    if isinstance(model, CLIPModel):
+
+    def is_one_of(names: tuple[str, ...]) -> bool:
+        # MetaClip2 came after version 5.0.
+        classes = (getattr(transformers, name, None) for name in names)
+        return isinstance(model, tuple(cls for cls in classes if cls is not None))
+
+    if is_one_of(_CLIPS):
         tower: Tower = CLIPTower(model)
         name = _clip_name(model)
-    elif isinstance(model, SiglipModel):
-        tower = SiglipTower(model)
+    elif is_one_of(_SIGLIPS):
+        tower = SiglipTower(model) if is_one_of(_SIGLIPS[:1]) else Siglip2Tower(model)
         name = type(model).__name__
     else:
         raise InputError(
-            "model must be a name, or a CLIPModel or SiglipModel of transformers, not "
-            f"{type(model).__name__}"
+            f"model must be a name, or a {', '.join((*_CLIPS, *_SIGLIPS[:-1]))} or {_SIGLIPS[-1]} "
+            f"of transformers, not {type(model).__name__}"
         )
     tokenizer = getattr(processor, "tokenizer", None)
     statistics = getattr(processor, "image_processor", None)
@@ -67,14 +83,18 @@ def from_transformers(
         model.to(resolve_device(device))
     if dtype is not None:
         model.to(resolve_dtype(dtype, model.logit_scale.device))
+    masked = is_one_of(_MASKED)
+    length = model.config.text_config.max_position_embeddings
     return LoadedModel(
-        model=TransformersModel(model.eval(), tower),
-        tokenizer=_tokenizer(tokenizer, model.config.text_config.max_position_embeddings),
+        model=TransformersModel(
+            model.eval(), tower, padding=tokenizer.pad_token_id if masked else None
+        ),
+        tokenizer=_tokenizer(tokenizer, length - _RESERVED_POSITIONS if masked else length, masked),
         name=name,
         pretrained=getattr(model.config, "_name_or_path", "") or type(model).__name__,
         mean=tuple(statistics.image_mean),
         std=tuple(statistics.image_std),
-        image_size=model.config.vision_config.image_size,
+        image_size=tower.trained_grid[0] * tower.patch_size[0],
     )
 
 
@@ -84,24 +104,36 @@ class TransformersModel(nn.Module):
     Attributes:
         visual: its vision tower.
         logit_scale: as trained.
+        logit_bias: as trained, None where the model has none.
+
+    Args:
+        padding: the token that fills up shorter texts, where the text tower must not look at it.
     """
 
-    def __init__(self, model: nn.Module, tower: Tower) -> None:
+    def __init__(self, model: nn.Module, tower: Tower, *, padding: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.visual = tower
+        self.padding = padding
 
     @property
     def logit_scale(self) -> Tensor:
         return self.model.logit_scale
 
+    @property
+    def logit_bias(self) -> Tensor | None:
+        return getattr(self.model, "logit_bias", None)
+
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Text features (T,E), not normalised, of tokens (T,L)."""
-        return self.model.get_text_features(input_ids=tokens).pooler_output
+        mask = None if self.padding is None else (tokens != self.padding).long()
+        return self.model.get_text_features(input_ids=tokens, attention_mask=mask).pooler_output
 
 
 class _TransformersTower(Tower):
     """What CLIP's and SigLIP's towers have in common; see `Tower`."""
+
+    position_offset = PUBLISHED_OFFSET
 
     def __init__(self, vision_model: nn.Module, output_dim: int) -> None:
         nn.Module.__init__(self)
@@ -112,6 +144,8 @@ class _TransformersTower(Tower):
         self.heads = config.num_attention_heads
         self.layers = config.num_hidden_layers
         self.output_dim = output_dim
+        patches = self.visual.embeddings.position_embedding.num_embeddings - self.prefix_tokens
+        self.trained_grid = (math.isqrt(patches),) * 2
 
     @property
     def last(self) -> nn.Module:
@@ -121,7 +155,9 @@ class _TransformersTower(Tower):
     def _patch_weight(self) -> Tensor:
         return self.visual.embeddings.patch_embedding.weight
 
-    def project(self, tokens: Tensor, names: str) -> dict[str, Tensor]:
+    def project(
+        self, tokens: Tensor, names: str, grid: tuple[int, int] | None = None
+    ) -> dict[str, Tensor]:
         normed = self.last.layer_norm1(tokens)
         attention = self.last.self_attn
         projections = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj}
@@ -137,15 +173,18 @@ class _TransformersTower(Tower):
         tokens = with_branch(tokens, branch)
         return tokens + self.last.mlp(self.last.layer_norm2(tokens))
 
-    def _run_blocks(self, tokens: Tensor, blocks: slice) -> Tensor:
+    def _run_blocks(self, tokens: Tensor, blocks: slice, grid: tuple[int, int]) -> Tensor:
         for layer in self.visual.encoder.layers[blocks]:
             tokens = layer(tokens, attention_mask=None)
         return tokens
 
     def _positions(self, grid: tuple[int, int]) -> Tensor:
-        side = self.visual.config.image_size // self.visual.config.patch_size
         return resized_positions(
-            self.visual.embeddings.position_embedding.weight, (side, side), grid, self.prefix_tokens
+            self.visual.embeddings.position_embedding.weight,
+            self.trained_grid,
+            grid,
+            self.prefix_tokens,
+            self.position_offset,
         )
 
     def _patch_tokens(self, images: Tensor) -> Tensor:
@@ -153,7 +192,7 @@ class _TransformersTower(Tower):
 
 
 class CLIPTower(_TransformersTower):
-    """The vision tower of a `CLIPModel`.
+    """The vision tower of a `CLIPModel`, or of a model that took it over, such as `MetaClip2Model`.
 
     Args:
         model: run by its own modules, neither copied nor changed.
@@ -187,6 +226,9 @@ class SiglipTower(_TransformersTower):
     """
 
     prefix_tokens = 0
+    has_class_token = False
+    # No host was published on SigLIP: as transformers itself resizes its positions.
+    position_offset = 0.0
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model.vision_model, model.config.vision_config.hidden_size)
@@ -212,11 +254,42 @@ class SiglipTower(_TransformersTower):
         return self._patch_tokens(images) + self._positions(self.grid(*images.shape[-2:]))
 
 
-def _tokenizer(tokenizer: Any, length: int) -> Callable[[list[str]], Tensor]:
+class Siglip2Tower(SiglipTower):
+    """The vision tower of a `Siglip2Model`, on grids without padded patches.
+
+    It takes patches as rows of pixels; here they are cut by a convolution of the same weights.
+    Positions are resized as the model resizes them, bilinear with antialiasing.
+    """
+
+    def _patch_tokens(self, images: Tensor) -> Tensor:
+        projection = self.visual.embeddings.patch_embedding
+        # The pixels of a patch come row by row, each with its channels.
+        weight = projection.weight.unflatten(1, (*self.patch_size, 3)).permute(0, 3, 1, 2)
+        patches = functional.conv2d(images, weight, projection.bias, stride=self.patch_size)
+        return patches.flatten(2).transpose(1, 2)
+
+    def _positions(self, grid: tuple[int, int]) -> Tensor:
+        return resized_positions(
+            self.visual.embeddings.position_embedding.weight,
+            self.trained_grid,
+            grid,
+            self.prefix_tokens,
+            0.0,
+            mode="bilinear",
+            antialias=True,
+        )
+
+
+def _tokenizer(tokenizer: Any, length: int, masked: bool) -> Callable[[list[str]], Tensor]:
     def tokenize(texts: list[str]) -> Tensor:
-        # To the full length, as SigLIP was trained; CLIP looks at nothing beyond the text's end.
+        # To the full length, as SigLIP was trained; CLIP looks at nothing beyond the text's end,
+        # and what is masked is not looked at either.
         return tokenizer(
-            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            texts,
+            padding="longest" if masked else "max_length",
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
         ).input_ids
 
     return tokenize

@@ -62,7 +62,9 @@ def host_with_vfm(
     return built, guide
 
 
-def resolve_feedback(feedback: bool | FSAConfig, vfm: VFM | None, model: str) -> FSAConfig | None:
+def resolve_feedback(
+    feedback: bool | FSAConfig, vfm: VFM | None, loaded: LoadedModel
+) -> FSAConfig | None:
     """The configuration meant: the published one of a model and a vfm for True.
 
     Raises:
@@ -74,4 +76,8 @@ def resolve_feedback(feedback: bool | FSAConfig, vfm: VFM | None, model: str) ->
         raise InputError(
             f"feedback must be True, False or an FSAConfig, not {type(feedback).__name__}"
         )
-    return FSAConfig.preset(vfm=vfm.name if vfm else None, model=model) if feedback else None
+    if not feedback:
+        return None
+    return FSAConfig.preset(
+        vfm=vfm.name if vfm else None, model=loaded.name, temperature=loaded.temperature
+    )

@@ -33,12 +33,17 @@ class Attentions:
         feedback: A_f (B,N,N) of the last iteration; 0 where a patch was pruned.
         adapted: (B,N,N), the mean of A_f A, A A_f and A_f that takes the place of A (Eq. 14).
         features: (B,N,E), of the patches after feedback.
+        host_features: (B,N,E), of the patches before feedback.
+        uniform_features: (B,1,E) or (B,N,E), of the patches before feedback if every patch attended
+            to all alike; None without isolation.
     """
 
     host: Tensor
     feedback: Tensor
     adapted: Tensor
     features: Tensor
+    host_features: Tensor
+    uniform_features: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,51 @@ class PatchAttentions:
         return self.feedback > 0
 
 
-def attentions_at(
+@dataclass(frozen=True)
+class WindowAttentions:
+    """What all patches of a window attend to, before and after feedback.
+
+    Attributes:
+        size: height and width of the resized picture in pixels.
+        area: the window in it, with the padding to whole patches: it may reach beyond the picture.
+        grid: rows and columns of patches in the window.
+        patch: row and column on that grid of the patch that the window was chosen for.
+        attentions: of a batch of one, the window.
+    """
+
+    size: tuple[int, int]
+    area: Window
+    grid: tuple[int, int]
+    patch: tuple[int, int]
+    attentions: Attentions
+
+    def of_patch(self) -> PatchAttentions:
+        """What the patch attends to that the window was chosen for."""
+        seen, index = self.attentions, self.patch[0] * self.grid[1] + self.patch[1]
+        host, feedback, adapted = (
+            matrix[0, index].unflatten(0, self.grid).float().cpu().numpy()
+            for matrix in (seen.host, seen.feedback, seen.adapted)
+        )
+        return PatchAttentions(
+            size=self.size,
+            area=self.area,
+            patch=self.patch,
+            host=host,
+            feedback=feedback,
+            adapted=adapted,
+        )
+
+
+def window_attentions(
     segmentor: Segmentor,
     image: Tensor,
     text_features: Tensor,
-    patch: tuple[int, int],
+    patch: tuple[int, int] | None,
     sizes: Sizes,
-) -> PatchAttentions:
-    """What one patch of a picture attends to, before and after feedback.
+    *,
+    max_patches: int | None = None,
+) -> WindowAttentions:
+    """What the patches of a window attend to, before and after feedback.
 
     Attention never leaves a window; of the windows that show the patch, this is the one whose
     middle is nearest to it.
@@ -83,28 +125,39 @@ def attentions_at(
         segmentor: with feedback.
         image: the picture (3,h,w), resized and normalised, on the model's device.
         text_features: (Q,E) of unit length.
-        patch: row and column on the grid of patches of the resized picture, from 0.
+        patch: row and column on the grid of patches of the resized picture, from 0; None takes the
+            patch in the middle.
         sizes: in which it is cut.
+        max_patches: a window with more is refused before its attention is computed.
 
     Raises:
-        InputError: a patch that is not there.
+        InputError: a patch that is not there; too many patches.
         NotFiniteError: attention with NaN or inf.
     """
     height, width = image.shape[-2:]
     patch_height, patch_width = segmentor.host.tower.patch_size
     rows, columns = math.ceil(height / patch_height), math.ceil(width / patch_width)
-    if not (0 <= patch[0] < rows and 0 <= patch[1] < columns):
+    row, column = (
+        (height // 2 // patch_height, width // 2 // patch_width) if patch is None else patch
+    )
+    if not (0 <= row < rows and 0 <= column < columns):
         raise InputError(
-            f"patch={patch[0]},{patch[1]} is not in the picture: it has rows 0 to {rows - 1} "
+            f"patch={row},{column} is not in the picture: it has rows 0 to {rows - 1} "
             f"and columns 0 to {columns - 1} of patches"
         )
-    y = min((patch[0] + 0.5) * patch_height, height - 1)
-    x = min((patch[1] + 0.5) * patch_width, width - 1)
+    y = min((row + 0.5) * patch_height, height - 1)
+    x = min((column + 0.5) * patch_width, width - 1)
     parts = plan(height, width, sizes.window, sizes.stride)
     part = min(parts, key=lambda window: math.hypot(*_from_middle(window, y, x)))
     padded, (top, left) = segmentor.padded(image[(slice(None), *part.slices)][None])
     with autocast_off(padded), torch.no_grad():
         vfm_features, tokens = segmentor.vfm_features(padded)
+        grid = segmentor.host.grid(*padded.shape[-2:], vfm_features)
+        if max_patches is not None and math.prod(grid) > max_patches:
+            raise InputError(
+                f"a window of {grid[0]} x {grid[1]} = {math.prod(grid)} patches is too large: at "
+                f"most {max_patches} are accepted; choose a smaller window"
+            )
         seen = attentions(
             segmentor.host,
             padded,
@@ -113,23 +166,17 @@ def attentions_at(
             tokens=tokens,
             config=segmentor.config,
         )
-    grid = segmentor.host.grid(*padded.shape[-2:], vfm_features)
-    at = (
-        int((y - part.top + top) * grid[0] / padded.shape[-2]),
-        int((x - part.left + left) * grid[1] / padded.shape[-1]),
-    )
-    index = at[0] * grid[1] + at[1]
-    rows_of = (m[0, index].unflatten(0, grid) for m in (seen.host, seen.feedback, seen.adapted))
-    host, feedback, adapted = (row.float().cpu().numpy() for row in rows_of)
-    if not (np.isfinite(host).all() and np.isfinite(adapted).all()):
+    if not (seen.host.isfinite().all() and seen.adapted.isfinite().all()):
         raise NotFiniteError("the attention holds NaN or inf")
-    return PatchAttentions(
+    return WindowAttentions(
         size=(height, width),
         area=Window(part.top - top, part.left - left, *padded.shape[-2:]),
-        patch=at,
-        host=host,
-        feedback=feedback,
-        adapted=adapted,
+        grid=grid,
+        patch=(
+            int((y - part.top + top) * grid[0] / padded.shape[-2]),
+            int((x - part.left + left) * grid[1] / padded.shape[-1]),
+        ),
+        attentions=seen,
     )
 
 
@@ -179,7 +226,14 @@ def attentions(
         "only": lambda: feedback,
     }
     adapted = sum(forms[name]() for name in config.adaptations) / len(config.adaptations)
-    return Attentions(host=matrix, feedback=feedback, adapted=adapted, features=tail(heads))
+    return Attentions(
+        host=matrix,
+        feedback=feedback,
+        adapted=adapted,
+        features=tail(heads),
+        host_features=seen[0][0],
+        uniform_features=seen[0][1],
+    )
 
 
 def attention_matrix(attention: LastAttention) -> Tensor:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import fsa
 from fsa import hosts
 from fsa.arguments import integer_within
 from fsa.classes import Classes, parse_classes
-from fsa.config import FSAConfig
+from fsa.config import SEGMENTATION_SCALE, FSAConfig, logit_scale_factor
 from fsa.errors import InputError, NotFiniteError, named_out_of_memory
 from fsa.models.guides import LAYER, VFM
 from fsa.models.loading import TINY, LoadedModel, load_model
@@ -27,7 +28,7 @@ from fsa.pictures import windows
 from fsa.pictures.reading import Picture, read_image
 from fsa.segment.assembly import check_vfm, host_name, host_with_vfm, resolve_feedback
 from fsa.segment.graphs import GraphCache
-from fsa.segment.inspection import PatchAttentions, attentions_at
+from fsa.segment.inspection import PatchAttentions, WindowAttentions, window_attentions
 from fsa.segment.labels import (
     class_probabilities,
     label_map,
@@ -61,7 +62,8 @@ def load_segmentor(
         host: one of `fsa.hosts.names()`, or a function that returns the attention between patches;
             see `fsa.hosts.build`.
         model: "tiny", the embedded model, or a name of open_clip's such as "ViT-B-16"; or a
-            `CLIPModel` or `SiglipModel` of transformers, with its `processor`.
+            `CLIPModel`, `SiglipModel` or another that `fsa.models.transformers.from_transformers`
+            takes, with its `processor`.
         pretrained: a tag of open_clip's or the path of a checkpoint; see
             `fsa.models.loading.load_model`.
         vfm: for "proxyclip" only: see `fsa.models.guides.load_vfm`; default "dino", and for the
@@ -122,6 +124,7 @@ class Segmentor:
         loaded: the CLIP model.
         vfm: ProxyCLIP's other model, or None.
         config: how feedback is computed, or None for the baseline.
+        logit_scale: of the merged cosines before the softmax over queries.
         graphs: the CUDA graphs of `forward`, or None where it runs eagerly.
 
     Raises:
@@ -146,7 +149,8 @@ class Segmentor:
         self.graphs = GraphCache(self.forward) if cuda_graph else None
         self.host_name, self.host = host_name, host
         self.loaded, self.vfm = loaded, vfm
-        self.config = resolve_feedback(feedback, vfm, loaded.name)
+        self.config = resolve_feedback(feedback, vfm, loaded)
+        self.logit_scale = SEGMENTATION_SCALE * logit_scale_factor(loaded.temperature)
         self._feedback = feedback
         self._text = text
         # Made once, on the device: a copy from the host would wait for it in every picture.
@@ -284,9 +288,14 @@ class Segmentor:
         with torch.inference_mode(), named_out_of_memory(what, advice), not_finite:
             cosines = self._merged_cosines(picture, queries, sizes, window_batch, progress)
             labels = label_map(
-                cosines, queries, tuple(picture.rgb.shape[-2:]), prob_thd, background_index
+                cosines,
+                queries,
+                tuple(picture.rgb.shape[-2:]),
+                prob_thd,
+                background_index,
+                scale=self.logit_scale,
             )
-            scores = class_probabilities(cosines, queries)
+            scores = class_probabilities(cosines, queries, self.logit_scale)
             # Waits for the device, so that the time is the whole one.
             labels = labels.cpu().numpy()
             require_finite(cosines)
@@ -324,15 +333,38 @@ class Segmentor:
     ) -> PatchAttentions:
         """What one patch of a picture attends to, before and after feedback.
 
+        Args, Raises: as `window_attentions`.
+        """
+        seen = self.window_attentions(
+            image, classes, patch, window=window, stride=stride, short_side=short_side
+        )
+        return seen.of_patch()
+
+    def window_attentions(
+        self,
+        image: Any,
+        classes: Classes,
+        patch: tuple[int, int] | None = None,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        short_side: int | None = None,
+        max_patches: int | None = None,
+    ) -> WindowAttentions:
+        """What the patches of a window attend to, before and after feedback.
+
         Attention never leaves a window; of the windows that show the patch, this is the one whose
         middle is nearest to it.
 
         Args:
             image, classes, window, stride, short_side: as in `segment`.
-            patch: row and column on the grid of patches of the resized picture, from 0.
+            patch: row and column on the grid of patches of the resized picture, from 0; default
+                the patch in the middle.
+            max_patches: a window with more is refused before its attention is computed.
 
         Raises:
-            InputError: as `segment`; a patch that is not there; a segmentor without feedback.
+            InputError: as `segment`; a patch that is not there; too many patches; a segmentor
+                without feedback.
         """
         if self.config is None:
             raise InputError("this segmentor has no feedback to look at: take with_feedback(True)")
@@ -341,7 +373,16 @@ class Segmentor:
         working = self._working_image(picture, sizes.short_side)
         queries = self._text.encode(classes)
         with self._naming(picture.label):
-            return attentions_at(self, working, queries.features, patch, sizes)
+            return window_attentions(
+                self, working, queries.features, patch, sizes, max_patches=max_patches
+            )
+
+    def explore(self, image: Any, classes: Classes, out: str | Path, **options: Any) -> Path:
+        """Writes one HTML page to look into feedback; see `fsa.showcase.explorer.explore`."""
+        # The explorer is made of segmentors, so it can only be imported when it is asked for.
+        from fsa.showcase.explorer import explore
+
+        return explore(self, image, classes, out, **options)
 
     def _sizes(self, window: int | None, stride: int | None, short_side: int | None) -> Sizes:
         default = TINY_SIZES if self.loaded.name == TINY else PAPER_SIZES
@@ -409,7 +450,9 @@ class Segmentor:
             features = self.host.features(
                 windows, text_features, vfm_features=vfm_features, tokens=tokens, config=self.config
             )
-            unit = functional.normalize(features.float(), dim=-1)
+            unit = features.float()
+            if not self.host.compared_as_they_are:
+                unit = functional.normalize(unit, dim=-1)
             grid = self.host.grid(*windows.shape[-2:], vfm_features)
             return (unit @ text_features.T).transpose(1, 2).unflatten(2, grid)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +17,9 @@ import torch
 from open_clip.transformer import VisionTransformer
 from torch.nn import functional
 
+from bench import RESULTS, ROOT, environment
 from bench.__main__ import COMMANDS
-from bench.measure import memory, numerics, runner, timing
+from bench.measure import memory, numerics, rehearsal, runner, timing
 from bench.measure.worker import DeviceLost, Worker, measure
 from bench.report import marks, paper, plots, results_data, tables
 from bench.rows import algebra, contenders, published, registry
@@ -73,6 +76,33 @@ def test_the_compiled_contender_is_the_algebra_in_one_graph(monkeypatch):
     with torch.no_grad():
         difference = relative_error(builds["torch.compile"]()(), builds["algebra"]()())
     assert difference < RELATIVE_ERROR[FLOAT]
+
+
+def test_flashinfers_search_keeps_one_patch_more_in_each_row(monkeypatch):
+    def top_p_renorm_probs(probabilities, p):
+        """What FlashInfer documents: all from a threshold on, together at least p, renormalised."""
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        kept = ordered.cumsum(dim=-1) - ordered < p
+        kept = torch.zeros_like(kept).scatter(-1, order, kept)
+        masked = probabilities * kept
+        return masked / masked.sum(dim=-1, keepdim=True)
+
+    missing = dict.fromkeys(("flashinfer", "flashinfer.sampling"))
+    row = OpRow("op", 2, 60, 9, compiled=True)
+    inputs = rows.make_inputs(row, CPU, FLOAT)
+    for name, module in missing.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with pytest.raises(contenders.NotInstalled, match="flashinfer-python"):
+        rows._flashinfer(row, inputs)()
+    module = SimpleNamespace(top_p_renorm_probs=top_p_renorm_probs)
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(sampling=module))
+    monkeypatch.setitem(sys.modules, "flashinfer.sampling", module)
+    more = rows._flashinfer(row, inputs)() > 0
+    sorted_out = algebra.feedback_attention(inputs.patch_logits, inputs.uniform_logits) > 0
+    assert (more.sum(dim=-1) == sorted_out.sum(dim=-1) + 1).all()
+    assert (more >= sorted_out).all()
+    assert "flashinfer" in row.contenders(torch.device("cuda"), FLOAT, inputs)
+    assert "flashinfer" not in row.contenders(CPU, FLOAT, inputs)
 
 
 def test_published_adapt_takes_the_scaled_similarity():
@@ -209,6 +239,31 @@ def test_numerics_are_recorded_and_within_the_limits(kind):
         assert not numerics.beyond_limits(name, found, FLOAT)
 
 
+@pytest.mark.parametrize("judged", [8, 50], ids=["some rows", "all rows"])
+@pytest.mark.parametrize("kind", ["op", "step"])
+def test_what_is_judged_by_is_the_definition(kind, judged, monkeypatch):
+    monkeypatch.setattr(numerics, "_JUDGED_WHOLE", 40 if judged == 8 else 50)
+    monkeypatch.setattr(numerics, "_JUDGED_ROWS", 8)
+    row = OpRow(kind, 3, 50, 7)
+    inputs = row.inputs(CPU, torch.float64)
+    against = numerics.exact(row, inputs)
+    definition = reference.feedback_attention(inputs.patch_logits, inputs.uniform_logits)
+    if kind == "step":
+        definition = reference.adapt(inputs.value, definition, inputs.attention)
+    assert against.images == [0, 2]
+    assert len(against.patches) == judged
+    assert {0, 49} <= set(against.patches.tolist())
+    expected = definition[against.images].index_select(-2, against.patches)
+    assert relative_error(against.result, expected) < 1e-10
+    found = numerics.judge(definition, against)
+    assert found["relative_error"] < 1e-10
+    assert found.get("judged_rows", 50) == judged
+    # An error in a row that is judged is seen.
+    spoilt = definition.clone()
+    spoilt[2].select(-2, 49).zero_()
+    assert numerics.judge(spoilt, against)["relative_error"] > 1e-3
+
+
 @pytest.mark.parametrize("host", ["clearclip", "proxyclip"])
 def test_a_host_may_err_twice_as_much_as_plain_pytorch(host):
     row = HostRow(host, TOY_BACKBONE, side=64, C=3)
@@ -230,7 +285,7 @@ def test_a_host_may_err_twice_as_much_as_plain_pytorch(host):
 def test_an_entry_that_rounds_to_zero_is_no_decision():
     exact = torch.tensor([[[0.7, 0.3, 1e-12], [0.5, 0.5, 0.0], [0.2, 0.8, 0.0]]]).double()
     # What is kept follows from the similarities: two of three in the first row and so on.
-    against = numerics.Exact([0], exact, torch.rand(1, 3, 3).double())
+    against = numerics.Exact([0], torch.arange(3), exact, torch.rand(1, 3, 3).double())
     half = exact.half()
     assert half[0, 0, 2] == 0
     assert numerics.judge(half, against)["decisions_that_differ"] == 0
@@ -341,64 +396,18 @@ def test_what_the_budget_interrupts_is_no_failure():
     assert runner.complaints({"rows": [record]}) == []
 
 
-REPLAY_SECONDS = 0.005
-
-
-class StandIn:
-    """Takes the place of what `torch.cuda` offers, without a GPU."""
-
-    def __init__(self, *args, **kwargs):
-        self.time = 0.0
-        self.options = kwargs
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return False
-
-    def __getattr__(self, name):
-        return lambda *args, **kwargs: None
-
-    def record(self):
-        self.time = time.perf_counter()
-
-    def elapsed_time(self, end):
-        return 1000 * (end.time - self.time)
-
-    def replay(self):
-        time.sleep(REPLAY_SECONDS)
-
-    def debug_dump(self, path):
-        # PyTorch draws nothing of a graph that it was not told to keep.
-        if self.options.get("keep_graph"):
-            Path(path).write_text(drawing(30))
-
-
-def drawing(kernels: int) -> str:
-    """A captured graph as the CUDA runtime draws it: kernels, and a node that is no launch."""
-    kernel = """
-"graph_1_node_{0}"[style="bold" shape="record" label="{{KERNEL
-| {{ID | {0} (topoId: 3) | _isolate_kernel\\<\\<\\<1,128,0\\>\\>\\>}}
-| {{cooperative | 0}}
-}}"];"""
-    nodes = [kernel.format(number) for number in range(kernels)]
-    nodes.append('"graph_1_node_99"[style="solid" shape="record" label="{EMPTY\n}"];')
-    nodes.append('"graph_1_node_0" -> "graph_1_node_1" [headlabel=0];')
-    return "digraph dot {\nsubgraph cluster_1 {" + "\n".join(nodes) + "\n}\n}\n"
+REPLAY_SECONDS, drawing, StandIn = (
+    rehearsal.REPLAY_SECONDS,
+    rehearsal.drawing,
+    rehearsal.StandIn,
+)
 
 
 @pytest.fixture
 def pretended_gpu(monkeypatch):
+    for owner, name, value in rehearsal.gpu_replacements():
+        monkeypatch.setattr(owner, name, value)
     monkeypatch.setattr(timing, "_ROUNDS", 3)
-    for name in ("Event", "CUDAGraph", "Stream", "stream", "graph"):
-        monkeypatch.setattr(torch.cuda, name, StandIn)
-    for name in ("synchronize", "empty_cache", "current_stream", "set_stream"):
-        monkeypatch.setattr(torch.cuda, name, StandIn())
-    monkeypatch.setattr(StandIn, "__call__", lambda *args: StandIn(), raising=False)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 164)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     return torch.device("cuda")
 
 
@@ -505,15 +514,31 @@ def test_captures_that_keep_failing_are_not_tried_again(monkeypatch):
     assert [uncaptured for _, _, uncaptured in sent] == [set(), set(), {"bad"}, set()]
 
 
-def test_a_failed_capture_is_recorded_and_retires_the_process(pretended_gpu, monkeypatch):
-    def refuse(call, device, calls):
-        raise RuntimeError("operation not permitted when stream is capturing")
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_failed_capture_retires_the_process_only_where_it_is_spoilt(
+    usable, pretended_gpu, monkeypatch
+):
+    real = timing.capture
 
-    monkeypatch.setattr(timing, "capture", refuse)
-    figures, spoilt = timing.time_calls({"a": torch.ones(3).sum}, pretended_gpu, graphs=True)
-    assert spoilt
+    def refuse_some(call, device, calls):
+        if call is refused:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return real(call, device, calls)
+
+    def randn(size, device):
+        if not usable:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly")
+        return torch.ones(size)
+
+    refused = torch.ones(3).sum
+    monkeypatch.setattr(timing, "capture", refuse_some)
+    monkeypatch.setattr(torch, "randn", randn)
+    calls = {"a": refused, "b": torch.ones(3).max}
+    figures, spoilt = timing.time_calls(calls, pretended_gpu, graphs=True)
+    assert spoilt is not usable
     assert "not permitted" in figures["a"]["graph"]["error"]
     assert figures["a"]["series"]["median"] > 0
+    assert figures["b"]["graph"]["median"] > 0
 
 
 def test_a_lost_device_is_said_and_the_row_done_again(pretended_gpu, monkeypatch):
@@ -528,7 +553,7 @@ def test_a_lost_device_is_said_and_the_row_done_again(pretended_gpu, monkeypatch
 class HereAndNow:
     """Does jobs in this process; takes the place of a worker."""
 
-    def __init__(self, device, dtype, patience):
+    def __init__(self, device, dtype, patience, prepare=None):
         self.device, self.dtype = device, dtype
 
     def do(self, job, deadline):
@@ -543,28 +568,10 @@ class HereAndNow:
 @pytest.fixture
 def toy_inputs(monkeypatch):
     """Every row computes a toy of its kind on the CPU, under its own name."""
-    ours, of_host, of_picture = rows.ours, HostRow.inputs, PictureRow.contenders
-
-    def op_inputs(row, device, dtype):
-        return rows.make_inputs(OpRow(row.kind, row.B, 12, 5), CPU, dtype)
-
-    def host_inputs(row, device, dtype):
-        return of_host(HostRow(row.host, TOY_BACKBONE, side=32, C=3), CPU, dtype)
-
-    def picture_contenders(row, device, dtype):
-        toy = PictureRow(row.host, TOY_BACKBONE, 112, 112, 112, 112, 3)
-        return of_picture(toy, CPU, dtype)
-
-    monkeypatch.setattr(OpRow, "inputs", op_inputs)
-    monkeypatch.setattr(HostRow, "inputs", host_inputs)
-    monkeypatch.setattr(PictureRow, "contenders", picture_contenders)
-    monkeypatch.setattr(rows, "ours", lambda kind, backend, *rest: ours(kind, "torch", *rest))
-    monkeypatch.setattr(rows, "require_memory", lambda needed, device: None)
-    # Without a compiler for C++, which not every machine has.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    for name, value in (("_ROUNDS", 1), ("_FEWEST_ROUNDS", 1), ("_SERIES_SECONDS", 1e-6)):
-        monkeypatch.setattr(timing, name, value)
-    monkeypatch.setattr(timing, "_LAUNCHES_COUNT_BELOW_SECONDS", 60.0)
+    # By PyTorch: hundreds of times, the interpreter takes too long.
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    for owner, name, value in rehearsal.toy_replacements():
+        monkeypatch.setattr(owner, name, value)
     # Hundreds of times in a process that holds a whole test suite.
     monkeypatch.setattr(contenders.gc, "collect", lambda *_: 0)
 
@@ -573,7 +580,6 @@ def test_the_whole_run_on_a_gpu_from_rows_to_plots(
     pretended_gpu, toy_inputs, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(runner, "Worker", HereAndNow)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     jobs = [*registry.MARKS_GPU, Job(OpRow("op", 8, 441, 21), contenders.MEASURES)]
     record = runner.run(
         jobs, tmp_path / "gpu.json", device=pretended_gpu, dtype=FLOAT, budget=600, commit="abc"
@@ -585,9 +591,10 @@ def test_the_whole_run_on_a_gpu_from_rows_to_plots(
         wanted = set().union(*(measured[measure] for measure in job.measures))
         wanted |= {"graph", "launches"} if job.row.graphs else set()
         for name, entry in row["contenders"].items():
-            assert wanted <= set(entry), (row["name"], name, entry)
+            assert "not_installed" in entry or wanted <= set(entry), (row["name"], name, entry)
     of_steps = record["rows"][jobs.index(Job(jobs[7].row, contenders.MEASURES))]["contenders"]
-    assert {*tables._ORDER, *tables._WAYS} == set(of_steps)
+    assert {*tables._ORDER, *tables._WAYS} - {"flashinfer"} == set(of_steps)
+    assert set(record["rows"][0]["contenders"]) == set(tables._ORDER)
 
     record = results_data.load("gpu", tmp_path)
     assert all(mark.value is not None and mark.verdict for mark in marks.marks(record))
@@ -637,20 +644,69 @@ def test_only_chooses_rows_and_measures():
         Job(HostRow("sclip", "ViT-B/16"), ("time", "memory")),
     ]
     assert runner.narrowed(jobs, runner.ONLY) == jobs
-    assert [j.measures for j in runner.narrowed(jobs, ["op"])] == [("time",)]
-    assert [j.row.kind for j in runner.narrowed(jobs, ["memory"])] == ["op", "host"]
+    assert runner.narrowed(jobs, ["op"]) == jobs[:1]
+    assert runner.narrowed(jobs, ["op", "step"]) == jobs[:2]
+    assert runner.narrowed(jobs, ["op", "host", "memory"]) == [
+        Job(jobs[0].row, ("time", "memory")),
+        jobs[2],
+    ]
+    assert runner.narrowed(jobs, ["memory"]) == [
+        Job(jobs[0].row, ("memory",)),
+        Job(jobs[2].row, ("memory",)),
+    ]
 
 
 def test_results_without_git_and_without_proc(monkeypatch):
     def missing(*args, **kwargs):
         raise FileNotFoundError
 
-    monkeypatch.setattr(runner.subprocess, "run", missing)
+    monkeypatch.setattr(environment.subprocess, "run", missing)
     monkeypatch.setattr("pathlib.Path.read_text", missing)
-    environment = runner.environment(CPU)
-    assert environment["commit"] == "unknown"
-    assert environment["processor"]
+    found = environment.environment(CPU)
+    assert found["commit"] == "unknown"
+    assert found["processor"]
     assert contenders.bytes_free(CPU) > 0
+
+
+def test_a_session_runs_the_tests_of_kernels_ops_graphs_and_compilation():
+    files = rehearsal.gpu_tests()
+    for name in ("kernels", "ops", "graphs", "compile"):
+        assert any(file.endswith(f"test_{name}.py") for file in files), name
+    assert all((ROOT / file).exists() for file in files)
+    assert not [file for file in files if "tests/bench" in file]
+    commands = runner.session()
+    assert commands[0] == f"python -m pytest {' '.join(files)}"
+    assert [command for command in commands if "--only" in command] == [
+        "python -m bench gpu --only op,step,memory,numerics",
+        "python -m bench gpu --only host,picture",
+    ]
+
+
+@pytest.mark.slow
+def test_a_session_is_rehearsed_from_end_to_end(tmp_path):
+    before = {file: file.read_bytes() for file in RESULTS.iterdir()}
+    result = subprocess.run(
+        [sys.executable, "-m", "bench", "gpu", "--rehearse", "--out", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-2000:]
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["rehearsal"]
+    assert {row["kind"] for row in record["rows"]} == {"op", "step", "host", "picture"}
+    assert "**it is a rehearsal" in (tmp_path / "RESULTS.md").read_text()
+    assert (tmp_path / "cost.png").exists()
+    assert {file: file.read_bytes() for file in RESULTS.iterdir()} == before
+
+
+def test_a_rehearsal_cannot_become_a_result(monkeypatch):
+    monkeypatch.setattr(environment, "commit", lambda: "abc1234")
+    jobs = [Job(OpRow("op", 1, 16, 3), ("time",))]
+    options = {"device": CPU, "dtype": FLOAT, "budget": -1}
+    with pytest.raises(SystemExit, match="rehearsal"):
+        runner.run(jobs, RESULTS / "toy.json", rehearsed=rehearsal.pretend, **options)
+    assert not (RESULTS / "toy.json").exists()
 
 
 def test_what_is_not_a_number_is_written_as_null(tmp_path):
@@ -688,10 +744,10 @@ def made_up_record() -> dict:
     def entry(ms, **more):
         return {"series": {"median": ms}, "graph": {"median": ms / 2}, **more}
 
-    environment = dict.fromkeys(("processor", "cpu_threads", "triton", "open_clip_torch"), "x")
-    environment |= {"gpu": "G", "torch": "9", "commit": "c", "date": "2030-01-01", "command": "do"}
+    made_up = dict.fromkeys(("processor", "cpu_threads", "triton", "open_clip_torch"), "x")
+    made_up |= {"gpu": "G", "torch": "9", "commit": "c", "date": "2030-01-01", "command": "do"}
     return {
-        "environment": environment,
+        "environment": made_up,
         "dtype": "float16",
         "not_begun": ["op B=9 N=9 C=9: time"],
         "rows": [
@@ -701,8 +757,10 @@ def made_up_record() -> dict:
                     "published": entry(8.0, memory=3 << 20),
                     "torch.compile": entry(1.0),
                     "algebra": {"does_not_fit": "no"},
+                    "flashinfer": {"not_installed": "no"},
                     "fsa torch": {"error": "broke"},
-                    "fsa triton": entry(0.04, numerics={"relative_error": None}),
+                    "fsa triton": entry(0.04, numerics={"relative_error": None})
+                    | {"graph": {"median": 0.01}},
                 },
             },
             {
@@ -723,19 +781,27 @@ def made_up_record() -> dict:
 def test_tables_come_from_the_data():
     record = made_up_record()
     speed = tables.speed_table(record)
-    assert "| op B=1 N=1764 C=171 | 8 | does not fit | 1 | failed | 0.04 | 200× | 25× |" in speed
+    cells = "8 | does not fit | 1 | not installed | failed | 0.04 | 200× | 25×"
+    assert f"| op B=1 N=1764 C=171 | {cells} |" in speed
+    beside = tables.speed_table(record, ("series", "graph"))
+    cells = "8 / 4 | does not fit | 1 / 0.5 | not installed | failed | 0.04 / 0.01 | 400× | 50×"
+    assert f"| op B=1 N=1764 C=171 | {cells} |" in beside
     host = tables.host_table(record)
     assert "| sclip ViT-L/14 336 | 10 | 15 | 8 | 8.4 | 50% | 5% | 5.97% | 1.19× |" in host
+    beside = tables.host_table(record, ("series", "graph"))
+    assert "| 8 / 4 | 8.4 / 4.2 | 50% | 5% | 5.97% | 1.19× |" in beside
     assert "| op B=1 N=1764 C=171 | 3 |" in tables.memory_table(record)
     assert "not finite" in tables.numerics_table(record)
     assert "sclip" not in tables.numerics_table(record)
     hosts_numerics = tables.host_numerics_table(record)
     assert "| sclip ViT-L/14 336 | - | - | - | 1.0e-03 of 2.0e-03 |" in hosts_numerics
     found = {mark.text: mark for mark in marks.marks(record)}
-    assert found["logits → A_f, N=1764, C=171"].value == pytest.approx(20)
+    assert found["logits → A_f, N=1764, C=171"].value == pytest.approx(10)
     assert found["logits → A_f, N=1764, C=171"].verdict == "met"
     assert found["sclip ViT-L/14: FSA on against off"].verdict == "NOT MET"
-    assert found["sclip ViT-L/14: the host alone as published, over FSA on here"].verdict == "met"
+    assert (
+        found["sclip ViT-L/14: the published baseline over the host with FSA here"].verdict == "met"
+    )
     assert found["street picture, ProxyCLIP with FSA, over the published loop"].value is None
     assert "op B=9 N=9 C=9: time" in tables.tables(None, record)["not-begun-gpu"]
 
@@ -747,12 +813,102 @@ def test_what_was_not_measured_is_called_that():
     assert "| proxyclip ViT-B/16 | 12.9 | 13.6 | 5.4% |" in made["paper"]
 
 
-@pytest.mark.parametrize("file", [tables.README, tables.PAGE], ids=lambda file: file.name)
-def test_committed_tables_are_those_of_the_committed_results(file):
-    text = file.read_text()
+def test_committed_tables_are_those_of_the_committed_results():
     made = tables.tables(*map(results_data.load, ("cpu", "gpu", "launches")))
-    assert "<!-- table " in text
-    assert tables.fill(text, made) == text
+    pages = list(tables.pages())
+    assert tables.PAGE in pages
+    for page in pages:
+        assert tables.fill(page.read_text(), made) == page.read_text(), page.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"commit": "abc1234-dirty"}, "abc1234 with changes"),
+        ({"commit": "unknown"}, "names no commit"),
+        ({"rehearsal": True}, "a rehearsal"),
+    ],
+    ids=["clean", "dirty", "unknown", "rehearsal"],
+)
+def test_only_a_result_of_a_commit_is_for_publication(changes, reason, tmp_path):
+    record = made_up_record()
+    record["environment"]["commit"] = changes.get("commit", "abc1234")
+    if "rehearsal" in changes:
+        record["rehearsal"] = True
+    # Elsewhere anything may be written; and the tables say what it is.
+    environment.require_publishable(record, tmp_path / "gpu.json")
+    if reason is None:
+        assert environment.unpublishable(record) is None
+        environment.require_publishable(record, RESULTS / "gpu.json")
+        assert ", commit abc1234, 2030-01-01" in tables.speed_table(record)
+        return
+    assert reason in environment.unpublishable(record)
+    assert f"**{environment.unpublishable(record)}**" in tables.speed_table(record)
+    for place in (RESULTS, RESULTS / "gpu.json", RESULTS / ".." / "results" / "x"):
+        with pytest.raises(SystemExit, match=reason):
+            environment.require_publishable(record, place)
+
+
+def test_a_run_for_publication_needs_a_commit(monkeypatch):
+    monkeypatch.setattr(environment, "commit", lambda: "abc1234-dirty")
+    jobs = [Job(OpRow("op", 1, 16, 3), ("time",))]
+    with pytest.raises(SystemExit, match="Commit first"):
+        runner.run(jobs, RESULTS / "toy.json", device=CPU, dtype=FLOAT, budget=-1)
+    assert not (RESULTS / "toy.json").exists()
+
+
+def test_committed_results_name_a_commit_or_are_called_what_they_are():
+    texts = "".join(page.read_text() for page in tables.pages())
+    files = sorted(RESULTS.glob("*.json"))
+    assert files
+    for file in files:
+        record = json.loads(file.read_text())
+        reason = environment.unpublishable(record)
+        assert not record.get("rehearsal"), file.name
+        assert reason is None or f"**{reason}**" in texts, (file.name, reason)
+        if reason is not None:
+            named = record["environment"]["commit"]
+            assert named not in texts, f"{file.name}: {named} is quoted as if it were a commit"
+
+
+def test_code_with_changes_is_not_that_of_its_commit(tmp_path, monkeypatch):
+    def git(*arguments):
+        settings = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *settings, *arguments], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    assert environment.commit() == "unknown"
+    git("init", "-q")
+    (tmp_path / "code.py").write_text("1")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    clean = environment.commit()
+    assert len(clean) >= 7
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    (tmp_path / "bench" / "results" / "gpu.json").write_text("{}")
+    assert environment.commit() == clean
+    (tmp_path / "new.py").write_text("2")
+    assert environment.commit() == f"{clean}-dirty"
+    (tmp_path / "new.py").unlink()
+    (tmp_path / "code.py").write_text("3")
+    assert environment.commit() == f"{clean}-dirty"
+
+
+def test_a_run_in_parts_is_one_record(tmp_path):
+    file = tmp_path / "gpu.json"
+    jobs = [
+        Job(OpRow("op", 1, 16, 3), ("numerics",)),
+        Job(OpRow("step", 1, 16, 3), ("numerics",)),
+    ]
+    options = {"device": CPU, "dtype": FLOAT, "budget": 60.0, "commit": "abc"}
+    runner.run(jobs, file, only=["op"], **options)
+    record = runner.run(jobs, file, only=["step"], **options)
+    assert [row["kind"] for row in record["rows"]] == ["op", "step"]
+    assert record["environment"]["command"].count(";") == 1
+    record = runner.run(jobs, file, only=["op"], **{**options, "commit": "other"})
+    assert [row["kind"] for row in record["rows"]] == ["op"]
+    assert [row["kind"] for row in runner.run(jobs, file, **options)["rows"]] == ["op", "step"]
 
 
 def test_the_plot_is_drawn_with_and_without_results(tmp_path):

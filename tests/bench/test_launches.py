@@ -11,7 +11,7 @@ from open_clip.transformer import VisionTransformer
 from torch.nn import functional
 
 from bench.measure import launches
-from bench.report import results_data
+from bench.report import predicted, results_data
 from bench.rows.pictures import clip_segmentor
 from fsa import hosts
 from fsa.models.guides import load_vfm
@@ -23,7 +23,7 @@ if torch.__version__ < (2, 11):
     pytest.skip("launches are counted with torch 2.11 or newer", allow_module_level=True)
 
 SIDE = 32
-# Launches of the host alone, and how many feedback adds.
+# Launches of the baseline, and how many feedback adds.
 COUNTS = {
     "clip": (137, 22),
     "maskclip": (136, 20),
@@ -56,7 +56,7 @@ def layer(visual: VisionTransformer, host: str):
 
 def counted(host, feedback: bool = True) -> Counter[str]:
     visual = tower()
-    return launches.launches(host, visual, layer(visual, host), feedback, side=SIDE, C=5)
+    return launches.launches(host, visual, layer(visual, host), feedback, side=SIDE, C=5).counts
 
 
 @pytest.mark.parametrize("host", hosts.names())
@@ -64,7 +64,7 @@ def test_a_forward_can_be_captured_and_feedback_adds_few_launches(host):
     visual, vfm = launches.models("ViT-B/16", host)
     # Raises where the forward would wait for the device.
     off, on = (
-        launches.launches(host, visual, vfm, feedback, side=336).total()
+        launches.launches(host, visual, vfm, feedback, side=336).counts.total()
         for feedback in (False, True)
     )
     assert (off, on - off) == COUNTS[host]
@@ -159,11 +159,55 @@ def test_what_feedback_adds_is_said_op_by_op():
 
 
 def test_the_committed_counts_are_the_present_ones():
-    committed = results_data.load("launches")["hosts"]
+    committed = results_data.load("launches")["backbones"]["ViT-B/16"]
     assert {
-        host: tuple(sum(counts[mode].values()) for mode in ("off", "on"))
-        for host, counts in committed.items()
+        host: tuple(sum(modes[mode]["launches"].values()) for mode in ("off", "on"))
+        for host, modes in committed.items()
     } == {host: (off, off + added) for host, (off, added) in COUNTS.items()}
+
+
+def test_work_is_counted_from_shapes():
+    visual, C, N, E = tower(), 5, 16, 16
+    found = launches.launches("proxyclip", visual, layer(visual, "proxyclip"), True, side=SIDE, C=C)
+    work = {one.name: one for one in found.work}
+    ours = work["fsa::feedback_attention"]
+    # Three products of halves for the similarity, two for the predictions.
+    assert ours.products == 6 * N * N * C + 4 * N * E * C
+    assert ours.operations == launches.OPERATIONS_AN_ENTRY * N * N
+    assert work["fsa::proxy_prepare"].products == 2 * N * N * 24
+    assert work["fsa::proxy_apply"].products == work["fsa::proxy_gather"].products == 2 * N * N * 24
+    # Similarities are written, and read and written again; besides them there is little.
+    assert ours.bytes > 3 * 4 * N * N
+    products = {one.name: count * one.products for one, count in found.work.items()}
+    assert products["aten::convolution"] == 2 * N * 24 * 3 * 8 * 8
+    assert products["aten::_native_multi_head_attention"] > 0
+    # The product with A_f, in half precision.
+    assert work["aten::bmm"].bytes == 2 * (N * N + 2 * N * 48)
+    assert work["aten::bmm"].products == 2 * N * N * 48
+    # Each launch is somebody's, and this library's ops count once for all of theirs.
+    kernels = sum(count for name, count in found.counts.items() if name.startswith("fsa::"))
+    assert found.work.total() == found.counts.total() - kernels + 4
+
+
+def test_an_op_of_ours_whose_work_is_unknown_is_named():
+    with pytest.raises(LookupError, match="fsa::other"):
+        launches._our_work("fsa::other", ())
+
+
+def test_predictions_come_from_counts():
+    def forward(launched, *work):
+        return {"launches": {"a": launched}, "work": [["a", *work]]}
+
+    # 2 launches that move 4.3 MB each take 1 us each; 790 MFLOP take 1 us.
+    off, on = forward(2, 2, 4_300_000, 1, 0), forward(3, 1, 8_600_000, 3_160_000_000, 0)
+    record = {"backbones": {"ViT-B/16": {"clearclip": {"off": off, "on": on}}}}
+    (one,) = predicted.predictions(record)
+    assert (one.host, one.backbone) == ("clearclip", "ViT-B/16")
+    assert one.off.floor == pytest.approx(2e-6)
+    assert one.on.floor == pytest.approx(4e-6)
+    assert one.overhead(0) == pytest.approx(100)
+    assert one.overhead(1e-6) == pytest.approx(75)
+    assert predicted.predictions(None) == []
 
 
 def test_an_op_that_cannot_be_opened_is_named(monkeypatch):

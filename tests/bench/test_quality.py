@@ -60,7 +60,7 @@ def test_mean_iou_is_that_of_the_whole_confusion():
     rng = np.random.default_rng(0)
     areas, whole = quality.Areas(), np.zeros((len(CLASSES), len(CLASSES)), dtype=int)
     for picture in range(3):
-        # Class 8 is in the second picture alone; no picture has class 9, whatever is labelled.
+        # Class 8 is in the second picture only; no picture has class 9, whatever is labelled.
         truth, labels = rng.integers(0, 6, 400), rng.integers(0, 10, 400)
         truth[:50] = 8 if picture == 1 else 0
         areas.add(labels, truth)
@@ -156,7 +156,7 @@ def test_a_run_is_recorded_and_becomes_tables(tmp_path, monkeypatch, evaluator):
     made = quality_tables.tables()
     score = next(s for s in split["scores"] if (s["host"], s["what"]) == ("sclip", "published"))
     line = next(s for s in made["quality-hosts"].splitlines() if s.startswith("| SCLIP"))
-    assert f"| {score['alone']['value']:.1f} | {score['fsa']['value']:.1f} |" in line
+    assert f"| {score['baseline']['value']:.1f} | {score['fsa']['value']:.1f} |" in line
     assert len(made["quality-pruning"].splitlines()) == 2 + 9
     monkeypatch.setattr(quality_tables, "FILE", tmp_path / "none.json")
     assert set(quality_tables.tables().values()) == {"not measured"}

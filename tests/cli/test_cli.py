@@ -84,7 +84,7 @@ def test_without_feedback(run, picture, tmp_path):
 
 def test_classes_from_a_file(run, picture, tmp_path):
     file = tmp_path / "classes.txt"
-    file.write_text("cat, kitty\n\ngrass\n")
+    file.write_text("cat, kitty\ngrass\n\n")
     out = tmp_path / "out"
     assert run("segment", picture, "--classes-file", file, "--out", out, *SMALL)[0] == 0
     assert json.loads((out / "cat.json").read_text())["classes"] == ["cat", "grass"]
@@ -275,9 +275,9 @@ def test_the_demo_shows_every_host_with_and_without(run, tmp_path, monkeypatch):
     assert code == 0
     for name in ("MaskCLIP", "SCLIP", "ClearCLIP", "ProxyCLIP"):
         line = next(line for line in stdout.splitlines() if line.startswith(name))
-        alone, adapted, gain = (float(word) for word in line.split()[1:4])
-        assert 0 <= alone <= 100
+        host_score, adapted, gain = (float(word) for word in line.split()[1:4])
+        assert 0 <= host_score <= 100
         assert 0 <= adapted <= 100
-        assert abs(adapted - alone - gain) < 0.11
+        assert abs(adapted - host_score - gain) < 0.11
     with Image.open(file) as figure:
         assert figure.width > 10 * 200

@@ -19,7 +19,11 @@ CLI = get_command(app)
 # What needs weights of others or a benchmark on disk is parsed and not run. The demo takes a while,
 # and tests/cli runs it.
 NEEDS_MORE = {"--model", "/data", "ROOT", "demo"}
-CHECKS = ("ruff check .", "ruff format --check .", "pyright")
+CHECKS = (
+    ".ci/lint",
+    "pip install pre-commit",
+    "pre-commit install --hook-type pre-commit --hook-type pre-push",
+)
 SITE = "python -m sphinx -n -W --keep-going -b html docs docs/_build/html"
 
 
@@ -62,6 +66,8 @@ def check_torchrun(words):
 
 
 def check_pip(words):
+    if shlex.join(words) in CHECKS:
+        return
     options = [word for word in words[2:] if word != "-e"]
     (target,) = options
     found = re.fullmatch(r"\.(?:\[([\w,]+)\])?", target)
@@ -73,8 +79,12 @@ def check_pip(words):
 
 
 def check_pytest(words):
-    for word in words[1:]:
+    *paths, marked = (*words[1:], "") if "-m" not in words else (*words[1:-2], words[-1])
+    for word in paths:
         assert word == "--benchmark-only" or (ROOT / word).exists(), word
+    section = (ROOT / "pyproject.toml").read_text().partition("markers = [")[2].partition("]")[0]
+    markers = set(re.findall(r'"(\w+):', section))
+    assert set(re.findall(r"\w+", marked)) <= markers | {"and", "or", "not"}
 
 
 def check_python(words):
@@ -94,8 +104,8 @@ PROGRAMS = {
     "pip": check_pip,
     "pytest": check_pytest,
     "python": check_python,
-    "ruff": check_tool,
-    "pyright": check_tool,
+    ".ci/lint": check_tool,
+    "pre-commit": check_tool,
 }
 
 
@@ -141,4 +151,4 @@ def test_the_lines_that_need_no_download_run(somewhere, run):
     assert codes.count(1) == 1
     assert (somewhere / "results" / "beach-overlay.png").exists()
     assert (somewhere / "fsa-eval" / "camvid-clearclip-tiny-fsa" / "result.json").exists()
-    assert (somewhere / "fsa-eval" / "street-clearclip-tiny-sweep" / "sweep.md").exists()
+    assert (somewhere / "fsa-eval" / "street-clearclip-tiny-sweep-isolation" / "sweep.md").exists()

@@ -14,7 +14,7 @@ import pytest
 
 from fsa import FSAConfig, InputError, hosts
 from fsa.evaluation import datasets, paper, protocol, report, sweep
-from fsa.evaluation.runner import Result
+from fsa.evaluation.result import Result
 from tests.support.evaluation_data import folder, write_mask, write_picture
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +54,7 @@ def test_every_option_reaches_the_protocol(run, tmp_path):
         "--uniform-logit-scale",
         "30",
     ]
+    options += ["--pamr-steps", "2", "--whole"]
     options += ["--classes-file", tmp_path / "names.txt", "--ignore", "7", "--on-error", "skip"]
     options += ["--window-batch", "2", "--chunk", "1", "--backend", "torch", "--quiet"]
     code, _, stderr = run("eval", "folder", "--root", root, "--out", out, *SMALL, *options)
@@ -65,6 +66,7 @@ def test_every_option_reaches_the_protocol(run, tmp_path):
     assert sizes == [64, 48, 24]
     assert (preset["prob_thd"], preset["area_thd"], preset["logit_scale"]) == (0.1, 0.2, 50)
     assert preset["antialias"] is True
+    assert (preset["pamr_steps"], preset["whole"]) == (2, True)
     assert (feedback["beta"], feedback["confidence"]) == (1.5, 0.3)
     assert (feedback["logit_scale"], feedback["uniform_logit_scale"]) == (21, 30)
     assert record["classes"] == [["tiger"], ["wolf", "hound"], ["background"]]
@@ -102,7 +104,7 @@ def test_a_benchmark_with_its_own_classes(run, tmp_path):
         (["voc21"], "name a dataset and where it lies"),
         (["voc22", "--root", "."], "dataset 'voc22' is not known"),
         (["voc21", "--root", "nowhere"], "nowhere: no such folder"),
-        (["voc21", "--root", ".", "--preset", "mine"], "preset='mine' is not known: proxyclip"),
+        (["voc21", "--root", ".", "--preset", "mine"], "preset='mine' is not known: fsa, proxy"),
         (["voc21", "--root", ".", "--window", "0"], "window=0 is not accepted"),
     ],
 )
@@ -195,18 +197,38 @@ def test_presets_are_the_published_ones():
         p = protocol.preset(name, dataset)
         return (p.short_side, p.window, p.stride, p.prob_thd)
 
-    assert sizes("proxyclip", "voc21") == (336, 336, 112, 0.2)
-    assert sizes("proxyclip", "context60") == (336, 336, 112, 0.14)
-    assert sizes("proxyclip", "coco_object") == (336, 336, 112, 0.3)
-    assert sizes("proxyclip", "coco_stuff") == (336, 336, 112, 0)
-    assert sizes("proxyclip", "cityscapes") == (448, 224, 80, 0)
+    assert sizes("fsa", "voc21") == (336, 336, 112, 0.2)
+    assert sizes("fsa", "context60") == (336, 336, 112, 0.14)
+    assert sizes("fsa", "coco_object") == (336, 336, 112, 0.3)
+    assert sizes("fsa", "coco_stuff") == (336, 336, 112, 0)
+    assert sizes("fsa", "cityscapes") == (448, 224, 80, 0)
     for dataset in ("ade20k", "ade847", "context459"):
-        assert sizes("proxyclip", dataset) == (448, 336, 112, 0)
+        assert sizes("fsa", dataset) == (448, 336, 112, 0)
+    assert sizes("proxyclip", "context60") == (336, 336, 112, 0.15)
+    assert sizes("proxyclip", "coco_object") == (336, 336, 112, 0.25)
+    assert sizes("proxyclip", "cityscapes") == (448, 224, 112, 0)
+    assert sizes("proxyclip", "voc21") == sizes("fsa", "voc21")
+    assert protocol.family_of("proxyclip", "ViT-B-16") == "fsa"
+    # The paper's baselines of ProxyCLIP are ProxyCLIP's own numbers.
+    assert protocol.family_of("proxyclip", "ViT-B-16", feedback=False) == "proxyclip"
+    assert protocol.family_of("qq", "ViT-B-16", feedback=False) == "fsa"
     assert sizes("sclip", "cityscapes") == (560, 224, 112, 0)
     assert sizes("sclip", "context59") == (336, 224, 112, 0)
-    assert sizes("clearclip", "ade20k") == (448, 224, 112, 0)
+    for dataset in ("ade20k", "voc20", "coco_stuff"):
+        assert sizes("clearclip", dataset) == (448, 448, 224, 0)
+    assert sizes("clearclip", "voc21") == (448, 448, 224, 0.5)
+    assert sizes("clearclip", "cityscapes") == (448, 224, 224, 0)
+    assert sizes("clearclip-224", "voc21") == (448, 224, 112, 0.5)
     assert sizes("tiny", "voc21") == (224, 112, 56, 0.2)
     assert protocol.preset("sclip", "voc21").class_list == "voc21-sclip"
+    for dataset in datasets.names():
+        naclip = protocol.preset("naclip", dataset)
+        assert (naclip.logit_scale, naclip.area_thd, naclip.pamr_steps) == (40, 0, 10)
+        assert naclip.whole == (dataset in ("voc20", "voc21"))
+        assert naclip.prob_thd == (0.1 if protocol.preset("sclip", dataset).prob_thd else 0)
+    assert sizes("naclip", "coco_stuff") == (336, 224, 112, 0)
+    assert sizes("naclip", "cityscapes") == (560, 224, 112, 0)
+    assert protocol.preset("naclip", "coco_object").class_list == "coco_object-sclip"
     for name in hosts.names():
         family = protocol.family_of(name, "ViT-B-16")
         for dataset in datasets.names():
@@ -249,6 +271,33 @@ def test_the_report_compares_with_the_paper():
     assert "not comparable: preset tiny/voc21 instead of proxyclip/voc21" in text
     assert "not comparable: weights mine.pt instead of openai" in text
     assert "no number" in report.text(result_of(dataset="folder"))
+
+
+def test_numbers_are_compared_under_the_settings_they_were_made_with():
+    with_fsa = {"feedback": {"beta": 3.0}, "dataset": "context60"}
+    text = report.text(result_of(**with_fsa, preset={"name": "fsa/context60"}))
+    assert "not comparable" not in text
+    text = report.text(result_of(**with_fsa, preset={"name": "proxyclip/context60"}))
+    assert "not comparable: preset proxyclip/context60 instead of fsa/context60" in text
+    text = report.text(result_of(dataset="context60", preset={"name": "fsa/context60"}))
+    assert "not comparable: preset fsa/context60 instead of proxyclip/context60" in text
+
+
+def test_what_is_odd_about_published_numbers_is_said_beside_them():
+    for dataset in ("ade847", "context459"):
+        text = report.text(result_of(dataset=dataset, preset={"name": f"proxyclip/{dataset}"}))
+        number, note = text.splitlines()[5:7]
+        assert number.startswith("mIoU")
+        assert "mmsegmentation's metric, which leaves out class 255" in note
+    assert "mmsegmentation" not in report.text(result_of())
+    for model, exchanged in (("ViT-B-16", True), ("ViT-L-14", False), ("ViT-H-14", True)):
+        for dataset in ("context60", "context59", "voc21"):
+            changes = {"host": "clearclip", "vfm": None, "model": model, "dataset": dataset}
+            text = report.text(result_of(**changes, preset={"name": f"clearclip/{dataset}"}))
+            expected = exchanged and dataset != "voc21"
+            assert ("look exchanged" in text) == expected
+    cell = paper.find("clearclip", "ViT-B-16", None, "context60")
+    assert "prints 36.6 for Context60 and 33.8 for Context59" in cell.note
 
 
 def test_the_rows_of_the_papers_ablations():

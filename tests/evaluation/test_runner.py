@@ -347,6 +347,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_it_counts_the_same(tmp_path):
     root = folder(tmp_path / "data")
     plain = [sys.executable, "-m", "fsa"]
@@ -375,6 +376,7 @@ def test_killed_and_started_again_it_counts_the_same(tmp_path):
     assert json.loads((out / "result.json").read_text())["pictures"] == 7
 
 
+@pytest.mark.slow
 def test_two_processes_count_the_same_as_one(tmp_path):
     root = folder(tmp_path / "data")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]

@@ -182,12 +182,12 @@ def test_a_function_of_the_users_is_a_host(heads):
     images, text, _ = random_inputs(height=24, width=40, dtype=torch.float64)
     seen = []
 
-    def mine(block):
+    def own_attention(block):
         seen.append(block)
         matrix = value_affinity(block)
         return matrix if heads == "per head" else matrix.mean(dim=1)
 
-    host = hosts.build(mine, visual)
+    host = hosts.build(own_attention, visual)
     features = host.features(images, text)
     with_feedback = host.features(images, text, config=CONFIG)
 
@@ -298,13 +298,13 @@ def test_every_image_stands_alone(name):
     for b in range(3):
         one = slice(b, b + 1)
         vfm_features = options["vfm_features"]
-        alone = host.features(
+        by_itself = host.features(
             images[one],
             text,
             vfm_features=None if vfm_features is None else vfm_features[one],
             config=CONFIG,
         )
-        assert relative_error(together[one], alone) < 1e-5
+        assert relative_error(together[one], by_itself) < 1e-5
 
 
 @pytest.mark.parametrize("name", hosts.names())

@@ -115,10 +115,13 @@ class ClearTower(TowerOf2024):
 
     def custom_attn(self, attn_layer, x, model_type="ClearCLIP"):
         query, key, value = per_head(attn_layer, x)
-        return gathered(attn_layer, self.attention(query, key, model_type), value, x.shape[1])
+        weights = self.attention(query, key, model_type, value)
+        return gathered(attn_layer, weights, value, x.shape[1])
 
     @staticmethod
-    def attention(query, key, model_type):
+    def attention(query, key, model_type, value):
+        if model_type == "SegEarth":
+            return sum(weights_of(inputs, inputs) for inputs in (query, key, value))
         if model_type == "ClearCLIP":
             return weights_of(query, query)
         if model_type == "SCLIP":
@@ -210,15 +213,15 @@ def test_a_proxyclip_tower_gets_feedback():
 
 
 @pytest.mark.parametrize("ignore_residual", [True, False])
-@pytest.mark.parametrize("model_type", ["ClearCLIP", "SCLIP", "MaskCLIP", "vanilla"])
+@pytest.mark.parametrize("model_type", ["ClearCLIP", "SCLIP", "MaskCLIP", "vanilla", "SegEarth"])
 def test_a_clearclip_tower_gets_feedback(model_type, ignore_residual):
     tower = ClearTower().double()
     images, text, _ = pictures(B=2)
     query, key, value = last_block(tower, images)
-    matrix = tower.attention(query, key, model_type).unflatten(0, (2, HEADS))
+    matrix = tower.attention(query, key, model_type, value.flatten(0, 1)).unflatten(0, (2, HEADS))
     before = 1
     if model_type == "MaskCLIP":
-        # A patch that attends to itself alone does not attend to the class token.
+        # A patch that attends only to itself does not attend to the class token.
         matrix, value, before = matrix[:, :, 1:, 1:], value[:, :, 1:], 0
     fsa.plug_in(tower, text)
     ours = tower(images, model_type, ignore_residual=ignore_residual)
@@ -307,11 +310,11 @@ def test_half_precision_towers_run(style):
 
 def test_a_method_laid_on_the_object_is_put_back():
     tower = ClearTower()
-    mine = tower.custom_attn
-    tower.custom_attn = mine
+    own_attention = tower.custom_attn
+    tower.custom_attn = own_attention
     fsa.plug_in(tower, pictures(dtype=torch.float32)[1])
     fsa.unplug(tower)
-    assert vars(tower)["custom_attn"] is mine
+    assert vars(tower)["custom_attn"] is own_attention
 
 
 def test_other_blocks_and_the_attention_itself_stay_the_towers():
@@ -330,7 +333,7 @@ def test_other_blocks_and_the_attention_itself_stay_the_towers():
 
 class OtherAttention(ClearTower):
     @staticmethod
-    def attention(query, key, model_type):
+    def attention(query, key, model_type, value):
         return weights_of(key, key)
 
 

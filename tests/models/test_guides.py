@@ -29,7 +29,8 @@ def tower():
 @pytest.fixture
 def small(monkeypatch):
     for name, timm_name in SMALL.items():
-        monkeypatch.setitem(vfm._KNOWN, name, vfm._Known(timm_name))
+        offset = vfm._KNOWN[name].position_offset
+        monkeypatch.setitem(vfm._KNOWN, name, vfm._Known(timm_name, position_offset=offset))
 
 
 def load(name, tower, **options):
@@ -47,6 +48,10 @@ def test_features_are_the_normed_patch_tokens(name, height, width, tower, small)
     pixels = images * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
     cfg = model.model.pretrained_cfg
     own_mean, own_std = (torch.tensor(cfg[key])[:, None, None] for key in ("mean", "std"))
+    if vfm._KNOWN[name].position_offset is not None:
+        # Elsewhere: tests/models/test_positions.py.
+        torch.nn.init.zeros_(model.model.pos_embed)
+        features = model(images)
     tokens = model.model.forward_features((pixels - own_mean) / own_std)
     patches = tokens[:, model.model.num_prefix_tokens :]
     assert patches.shape[1] == rows * columns
@@ -145,11 +150,11 @@ def test_tokens_of_other_images_are_refused_in_words(tower):
 
 
 def test_any_callable_serves(tower):
-    def mine(images):
+    def own_guide(images):
         return images[:, :, ::8, ::8]
 
-    model = load(mine, tower)
-    assert model.name == "mine"
+    model = load(own_guide, tower)
+    assert model.name == "own_guide"
     assert model(torch.randn(1, 3, 16, 32)).shape == (1, 3, 2, 4)
     for wrong in (lambda x: x[0], lambda x: None, lambda x: x.repeat(2, 1, 1, 1)):
         with pytest.raises(InputError, match="must return features"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -13,18 +14,29 @@ from torch.nn import functional
 
 import fsa
 from fsa import FSAConfig, InputError, hosts, tiny
-from fsa.models.transformers import CLIPTower, SiglipTower, from_transformers
+from fsa.models.tower import resized_positions
+from fsa.models.transformers import CLIPTower, Siglip2Tower, SiglipTower, from_transformers
 from tests.support.accuracy import relative_error
 
 transformers = pytest.importorskip("transformers")
 
-from tests.support.transformers_models import (  # noqa: E402
-    random_clip,
-    random_siglip,
-    tokenizer,
+from transformers.models.siglip2.image_processing_siglip2 import (  # noqa: E402
+    convert_image_to_patches,
 )
 
+from tests.support.transformers_models import (  # noqa: E402
+    random_clip,
+    random_relative,
+    random_siglip,
+    random_siglip2,
+    tokenizer,
+    word_tokenizer,
+)
+
+RELATIVES = ["MetaClip2Model", "ChineseCLIPModel", "AltCLIPModel", "CLIPSegModel"]
+
 CONFIG = FSAConfig()
+CHANNELS = SimpleNamespace(image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 
 
 @pytest.fixture(scope="module")
@@ -40,14 +52,97 @@ def inputs(height=32, width=32, E=16, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 56)])
-def test_the_tower_is_the_clip_model(height, width):
+def test_the_tower_is_the_clip_model(height, width, monkeypatch):
     model = random_clip(torch.float64)
+
+    def published(embeddings, height, width):
+        positions = model.vision_model.embeddings.position_embedding.weight
+        return resized_positions(positions, (4, 4), (height // 8, width // 8), 1)
+
+    # transformers lays the grids edge to edge, which no published host does.
+    monkeypatch.setattr(model.vision_model.embeddings, "interpolate_pos_encoding", published)
     images, text = inputs(height, width)
     whole = model.vision_model(images, interpolate_pos_encoding=True).last_hidden_state
     expected = model.visual_projection(model.vision_model.post_layernorm(whole))[:, 1:]
     features = hosts.build("clip", CLIPTower(model)).features(images, text)
     # Positions are resized in float32.
     assert relative_error(features, expected) < (1e-12 if (height, width) == (32, 32) else 1e-6)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 56)])
+@pytest.mark.parametrize("name", RELATIVES)
+def test_the_tower_of_a_model_that_took_over_clips(name, height, width):
+    model = random_relative(name, torch.float64)
+    images, text = inputs(height, width)
+    whole = model.vision_model(images, interpolate_pos_encoding=True).last_hidden_state
+    expected = model.visual_projection(model.vision_model.post_layernorm(whole))[:, 1:]
+    tower = CLIPTower(model)
+    # Edge to edge, as transformers lays the grids.
+    tower.position_offset = 0.0
+    features = hosts.build("clip", tower).features(images, text)
+    assert relative_error(features, expected) < (1e-12 if (height, width) == (32, 32) else 1e-6)
+
+
+@pytest.mark.parametrize("name", ["ChineseCLIPModel", "AltCLIPModel"])
+def test_the_text_of_these_is_masked(name):
+    model = random_relative(name)
+    words = word_tokenizer(padding=1 if name == "AltCLIPModel" else 0)
+    loaded = from_transformers(model, SimpleNamespace(tokenizer=words, image_processor=CHANNELS))
+    texts = ["a cat", "a photo of a cat"]
+    features = loaded.model.encode_text(loaded.tokenizer(texts))
+    alone = torch.cat([loaded.model.encode_text(loaded.tokenizer([text])) for text in texts])
+    assert relative_error(features, alone) < 1e-5
+    loaded.model.padding = None
+    unmasked = loaded.model.encode_text(loaded.tokenizer(texts))
+    assert relative_error(unmasked[0], alone[0]) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["MetaClip2Model", "CLIPSegModel"])
+def test_the_text_of_these_ends_before_what_is_padded(name, processor):
+    model = random_relative(name)
+    loaded = from_transformers(model, processor)
+    encoded = processor.tokenizer(["a cat"], return_tensors="pt")
+    expected = model.get_text_features(**encoded).pooler_output
+    features = loaded.model.encode_text(loaded.tokenizer(["a cat"]))
+    assert features.shape == (1, 16)
+    assert relative_error(features, expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_a_picture_through_a_model_that_took_over_clips_tower(name, processor):
+    model = random_relative(name)
+    if name in ("ChineseCLIPModel", "AltCLIPModel"):
+        words = word_tokenizer(padding=1 if name == "AltCLIPModel" else 0)
+        processor = SimpleNamespace(tokenizer=words, image_processor=CHANNELS)
+    segmentor = fsa.load_segmentor(model=model, processor=processor)
+    picture = np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
+    result = segmentor.segment(picture, ["cat", "photo"], short_side=32, window=32, stride=16)
+    assert result.labels.shape == (40, 56)
+    assert segmentor.loaded.image_size == 32
+
+
+def as_rows_of_pixels(images, patch=8):
+    """What a Siglip2Model takes: patches as rows of pixels, each with its channels."""
+    rows = images.unfold(2, patch, patch).unfold(3, patch, patch)
+    return rows.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 56), (16, 24)])
+def test_the_siglip2_tower_pools_each_patch_alone(height, width):
+    model = random_siglip2(torch.float64)
+    images, text = inputs(height, width, E=24)
+    pixels = as_rows_of_pixels(images)
+    assert torch.equal(pixels[0], convert_image_to_patches(images[0], 8))
+    N = height * width // 64
+    whole = model.vision_model(
+        pixel_values=pixels,
+        pixel_attention_mask=torch.ones(2, N, dtype=torch.long),
+        spatial_shapes=torch.tensor([(height // 8, width // 8)] * 2),
+    ).last_hidden_state
+    patches = [model.vision_model.head(patch[:, None]) for patch in whole.unbind(dim=1)]
+    features = hosts.build("clip", Siglip2Tower(model)).features(images, text)
+    error = relative_error(features, torch.stack(patches, dim=1))
+    assert error < (1e-12 if (height, width) == (32, 32) else 1e-6)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 56)])
@@ -241,21 +336,26 @@ def test_presets_know_the_towers_of_known_sizes(width, patch, beta, processor):
     assert fsa.load_segmentor(model=model, processor=processor).config.beta == beta
 
 
-def test_a_picture_through_siglip(processor):
-    model = random_siglip()
+@pytest.mark.parametrize("make", [random_siglip, random_siglip2])
+def test_a_picture_through_siglip(make, processor):
+    model = make()
     segmentor = fsa.load_segmentor(host="clearclip", model=model, processor=processor)
     picture = Image.fromarray(
         np.random.default_rng(0).integers(0, 255, (40, 56, 3), dtype=np.uint8)
     )
     result = segmentor.segment(picture, ["cat", "grass"], short_side=32, window=32, stride=16)
     assert result.labels.shape == (40, 56)
-    assert result.settings["model"] == "SiglipModel"
+    assert result.settings["model"] == type(model).__name__
+    assert segmentor.loaded.image_size == 32
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": torch.nn.Linear(2, 2)}, "CLIPModel or SiglipModel of transformers, not Linear"),
+        (
+            {"model": torch.nn.Linear(2, 2)},
+            "a CLIPModel, MetaClip2Model, .*SiglipModel or Siglip2Model .*, not Linear",
+        ),
         ({"processor": None}, "processor must be the model's processor.*NoneType"),
         ({"pretrained": "openai"}, "leave it out"),
         ({"model": "tiny"}, "processor was given, but model='tiny' takes none"),

@@ -15,6 +15,7 @@ from fsa import FSAConfig, hosts
 from tests.support.accuracy import relative_error
 from tests.support.towers import random_inputs, random_tower
 
+pytestmark = pytest.mark.compile
 CONFIG = FSAConfig()
 # (images, height, width, classes): the third is the grid the towers were made for, in which
 # positions need no resizing; the last has 360 patches, from where on products go to oneDNN.
@@ -32,7 +33,8 @@ needs_cpp = pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None,
     reason="Inductor compiles C++, and there is no g++ here",
 )
-BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=needs_cpp)]
+inductor = (needs_cpp, pytest.mark.slow)
+BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=inductor)]
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +110,7 @@ def host_inputs(host, B, height, width, C, dtype=torch.float32):
         ("proxyclip", CONFIG),
         ("naclip", CONFIG),
     ],
-    ids=lambda value: value if isinstance(value, str) else "FSA" if value else "alone",
+    ids=lambda value: value if isinstance(value, str) else "FSA" if value else "without FSA",
 )
 def test_a_host(name, config):
     host = hosts.build(name, random_tower(layers=2))
@@ -121,6 +123,7 @@ def test_a_host(name, config):
 
 
 @needs_cpp
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clearclip", "proxyclip"])
 def test_a_host_in_cpp(name):
     # Inductor rounds in its own way. Of half a million decisions of pruning one lay within that of
@@ -165,7 +168,7 @@ def test_a_host_of_a_users_function():
     [
         ("eager", "proxyclip"),
         # The default host: C++ of ProxyCLIP's takes twice as long, and is tested above.
-        pytest.param("inductor", "clearclip", marks=needs_cpp),
+        pytest.param("inductor", "clearclip", marks=inductor),
     ],
 )
 def test_the_segmentor(backend, host):

@@ -44,7 +44,7 @@ def test_another_process_gives_the_same_bits():
     assert result.stdout.strip() == digest(), result.stderr
 
 
-def test_threads_calling_at_once_get_what_each_would_alone():
+def test_threads_calling_at_once_get_what_each_would_by_itself():
     inputs = [segment_logits(64 + i, 9, seed=i) for i in range(8)]
     inputs = [(logits.float(), uniform.float()) for logits, uniform in inputs]
     configs = [FSAConfig(beta=1 + i, confidence=0.3 + 0.05 * i) for i in range(8)]
@@ -54,11 +54,11 @@ def test_threads_calling_at_once_get_what_each_would_alone():
         feedback = fsa.feedback_attention(logits, uniform, config=configs[i % 8])
         return feedback, fsa.proxy_attention(logits, logits)
 
-    alone = [run(i) for i in range(8)]
+    by_itself = [run(i) for i in range(8)]
     with ThreadPoolExecutor(8) as pool:
         for i, together in enumerate(pool.map(run, range(64))):
             assert all(
-                torch.equal(one, two) for one, two in zip(together, alone[i % 8], strict=True)
+                torch.equal(one, two) for one, two in zip(together, by_itself[i % 8], strict=True)
             )
 
 
@@ -74,19 +74,19 @@ def test_threads_share_a_segmentor():
             pictures[i % 4], classes[i % 2], short_side=32, window=32, stride=16
         )
 
-    alone = [run(i) for i in range(4)]
+    by_itself = [run(i) for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
         for i, together in enumerate(pool.map(run, range(12))):
-            assert together.class_names == alone[i % 4].class_names
-            assert np.array_equal(together.labels, alone[i % 4].labels)
-            assert np.array_equal(together.scores, alone[i % 4].scores)
+            assert together.class_names == by_itself[i % 4].class_names
+            assert np.array_equal(together.labels, by_itself[i % 4].labels)
+            assert np.array_equal(together.scores, by_itself[i % 4].scores)
 
 
 @pytest.mark.gpu
 def test_threads_and_streams_share_a_gpu():
     inputs = [segment_logits(196 + i, 21, seed=i) for i in range(8)]
     inputs = [(logits.float().cuda(), uniform.float().cuda()) for logits, uniform in inputs]
-    alone = [fsa.feedback_attention(*pair) for pair in inputs]
+    by_itself = [fsa.feedback_attention(*pair) for pair in inputs]
     torch.cuda.synchronize()
 
     def run(i: int) -> torch.Tensor:
@@ -97,4 +97,4 @@ def test_threads_and_streams_share_a_gpu():
 
     with ThreadPoolExecutor(8) as pool:
         for i, together in enumerate(pool.map(run, range(64))):
-            assert torch.equal(together, alone[i % 8])
+            assert torch.equal(together, by_itself[i % 8])

@@ -96,8 +96,8 @@ def assert_longest_prefix_that_fits(kept: Tensor, S: Tensor, confidence: float) 
     assert (least_kept >= most_dropped - SIMILARITY_MARGIN).all(), "not a prefix of the order"
     shares = S.softmax(dim=-1)
     mass = (shares * kept).sum(dim=-1)
-    alone = kept.sum(dim=-1) == 1
-    assert (alone | (mass <= confidence + DECISION_MARGIN)).all(), "more than fits"
+    only_one = kept.sum(dim=-1) == 1
+    assert (only_one | (mass <= confidence + DECISION_MARGIN)).all(), "more than fits"
     following = shares.masked_fill(kept, -1).amax(dim=-1)
     whole = kept.all(dim=-1)
     assert (whole | (mass + following > confidence - DECISION_MARGIN)).all(), "less than fits"
@@ -171,8 +171,8 @@ def test_every_image_stands_alone(backend, data):
     together = attention_of(backend, logits, uniform)
     for b in range(len(logits)):
         one = slice(b, b + 1)
-        alone = attention_of(backend, logits[one], None if uniform is None else uniform[one])
-        assert relative_error(together[one], alone) < RELATIVE_ERROR[logits.dtype]
+        by_itself = attention_of(backend, logits[one], None if uniform is None else uniform[one])
+        assert relative_error(together[one], by_itself) < RELATIVE_ERROR[logits.dtype]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -181,27 +181,32 @@ def test_equal_patches_get_equal_results(backend, data, config, seed):
     logits, _ = data.draw(inputs(backend, most_patches=4))
     choice = torch.randint(logits.shape[1], (16,), generator=torch.Generator().manual_seed(seed))
     logits = logits[:, choice]
-    assume(clear_but_for_equals(exact_similarities(logits, None, config), config))
+    S = exact_similarities(logits, None, config)
+    assume(clear_but_for_equals(S, config))
     feedback = attention_of(backend, logits, None, config)
-    first = (choice[:, None] == choice).int().argmax(dim=-1)
-    # How much each row gives to each kind of patch, and to how many of them.
-    kinds = (choice[:, None] == choice[first.unique()]).to(feedback.dtype)
-    given, kept = feedback @ kinds, (feedback > 0).to(feedback.dtype) @ kinds
-    assert torch.equal(kept[:, first], kept)
-    assert relative_error(given[:, first], given) < RELATIVE_ERROR[logits.dtype]
-    for kind in first.unique():
-        columns = feedback[:, :, choice == choice[kind]]
-        weight = columns.amax(dim=-1, keepdim=True).expand_as(columns)
-        error = (columns - weight).masked_fill(columns == 0, 0)
-        assert (error.abs() <= RELATIVE_ERROR[logits.dtype] * weight).all()
-        if backend != "torch":
-            # Among equals the lowest index is kept first, and the kept ones weigh the same to the
-            # bit. Not by a BLAS: it rounds equal columns of a product differently, those at the
-            # end of a block of columns by other instructions than the rest, so that equal patches
-            # are equally similar only within rounding. The rule itself is asked for below.
-            is_kept = columns > 0
-            assert torch.equal(is_kept, is_kept.int().cummin(dim=-1).values.bool())
-            assert ((columns == weight) | ~is_kept).all()
+    # Which patches the definition cannot tell apart: those chosen twice, and those equal by chance.
+    rows, columns = ((x[:, :, None] == x[:, None]).all(dim=-1) for x in (S, S.mT))
+    alike = rows & columns
+    first = alike.int().argmax(dim=-1, keepdim=True).expand_as(S)
+    # How much each row gives to the likes of each patch, and to how many of them it does.
+    given, kept = ((x @ alike.double()) for x in (feedback.double(), (feedback > 0).double()))
+    assert torch.equal(kept.gather(1, first), kept)
+    assert relative_error(given.gather(1, first), given) < RELATIVE_ERROR[logits.dtype]
+    for b in range(len(S)):
+        for likes in alike[b].unique(dim=0):
+            columns = feedback[b, :, likes]
+            weight = columns.amax(dim=-1, keepdim=True).expand_as(columns)
+            error = (columns - weight).masked_fill(columns == 0, 0)
+            assert (error.abs() <= RELATIVE_ERROR[logits.dtype] * weight).all()
+            if backend != "torch":
+                # Among equals the lowest index is kept first, and the kept ones weigh the same to
+                # the bit. Not by a BLAS: it rounds equal columns of a product differently, those
+                # at the end of a block of columns by other instructions than the rest, so that
+                # equal patches are equally similar only within rounding. The rule itself is asked
+                # for below.
+                is_kept = columns > 0
+                assert torch.equal(is_kept, is_kept.int().cummin(dim=-1).values.bool())
+                assert ((columns == weight) | ~is_kept).all()
 
 
 def clear_but_for_equals(S: Tensor, config: FSAConfig) -> bool:
@@ -312,13 +317,13 @@ def test_the_kernels_hold_to_all_of_it_in_the_interpreter(data, config, seed):
     assert_rows_sum_to_one(feedback)
     if config.pruning == "confidence" and not config.scaling:
         assert_longest_prefix_that_fits(feedback > 0, S, config.confidence)
-    # The last image alone, its patches in another order and its memory in another layout.
+    # The last image by itself, its patches in another order and its memory in another layout.
     order = shuffled(logits.shape[1], seed)
     other = laid_out(logits[-1:, order], "sliced")
     if uniform is not None:
         uniform = uniform[-1:] if uniform.shape[1] == 1 else uniform[-1:, order]
-    alone = attention_of("triton", other, uniform, config)
-    assert relative_error(alone, feedback[-1:, order][:, :, order]) < allowed
+    by_itself = attention_of("triton", other, uniform, config)
+    assert relative_error(by_itself, feedback[-1:, order][:, :, order]) < allowed
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
@@ -401,7 +406,7 @@ def test_proxy_attention_agrees_permutes_and_keeps_images_apart(backend, data, s
     order = shuffled(value.shape[1], seed)
     permuted = proxy_of(backend, features[:, order], value[:, order])
     assert relative_error(permuted, attended[:, order]) < allowed
-    alone = proxy_of(backend, features[-1:], value[-1:])
-    assert relative_error(attended[-1:], alone) < allowed
+    by_itself = proxy_of(backend, features[-1:], value[-1:])
+    assert relative_error(attended[-1:], by_itself) < allowed
     scaled = proxy_of(backend, features * 4, value)
     assert relative_error(scaled, attended) < allowed

@@ -38,6 +38,7 @@ def test_the_wheel_holds_code_types_weights_and_pictures(tmp_path):
         "fsa/tiny/weights/tiny.sha256",
         "fsa/tiny/weights/MODEL_CARD.md",
         "fsa/tiny/demo/scenes.json",
+        "fsa/showcase/explorer/template/explorer.html",
     ):
         assert wanted in names, wanted
     # Every module of the source is in the wheel, and nothing of tests and benchmarks.

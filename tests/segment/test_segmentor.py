@@ -366,7 +366,7 @@ def test_output_that_cannot_be_written_is_refused_by_name(clearclip, picture, tm
     assert stat.S_ISDIR(taken.stat().st_mode)
 
 
-# Measured 0.40 without and 0.38 with feedback; a picture of one class alone would reach about 0.15.
+# Measured 0.40 without and 0.38 with feedback; a picture of only one class would reach about 0.15.
 QUALITY = 0.3
 
 

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw
 
 from fsa import tiny
 from fsa.tiny import compose, train
+from fsa.tiny.captions import caption
 from fsa.tiny.pictographs import TRAIN_STYLES, UNSEEN_STYLE
-from fsa.tiny.scenes import Composer, Sprites, caption
+from fsa.tiny.scenes import Composer, Sprites
 from fsa.tiny.vocabulary import CLASSES, OBJECTS, TEXTURES
 
 SIZE = (96, 128)
@@ -46,14 +47,14 @@ def composer(sprites):
     return Composer(sprites, SIZE, seed=5, object_sizes=(30, 60), most_objects=3)
 
 
-def test_a_scene_is_made_from_its_seed_and_index_alone(sprites, composer):
+def test_a_scene_is_made_from_its_seed_and_index_only(sprites, composer):
     again = Composer(sprites, SIZE, seed=5, object_sizes=(30, 60), most_objects=3)
     together = composer.compose([3, 7, 2])
     for row, index in ((1, 7), (2, 2)):
-        alone = again.compose([index])
-        assert torch.equal(together.pictures[row], alone.pictures[0])
-        assert torch.equal(together.masks[row], alone.masks[0])
-        assert together.objects[row] == alone.objects[0]
+        by_itself = again.compose([index])
+        assert torch.equal(together.pictures[row], by_itself.pictures[0])
+        assert torch.equal(together.masks[row], by_itself.masks[0])
+        assert together.objects[row] == by_itself.objects[0]
     other = Composer(sprites, SIZE, seed=6, object_sizes=(30, 60), most_objects=3)
     assert not torch.equal(other.compose([2]).pictures[0], together.pictures[2])
 
@@ -150,6 +151,7 @@ def test_a_split_is_written_as_a_folder(pictographs, tmp_path):
         assert entry["caption"]
 
 
+@pytest.mark.slow
 def test_scenes_for_the_demo_and_the_guard_have_masks_of_their_own_classes(pictographs, tmp_path):
     compose.compose_demo(pictographs, tmp_path / "demo")
     compose.compose_guard(pictographs, tmp_path / "guard")
@@ -171,6 +173,7 @@ def phase(size, batch, **changes):
     return train.Phase(size=size, batch=batch, **settings)
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_it_was_stopped(sprites, tmp_path, monkeypatch):
     for name, size in (("CROP", 48), ("SMALL", 64), ("FULL", 80)):
         monkeypatch.setattr(train, name, phase(size, batch=4, fewest_objects=0))
@@ -201,6 +204,7 @@ def test_training_goes_on_where_it_was_stopped(sprites, tmp_path, monkeypatch):
     assert whole.with_suffix(".sha256").read_text().endswith("tiny.safetensors\n")
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss(sprites, tmp_path, monkeypatch):
     crop = phase(64, batch=16, object_sizes=(40, 60), most_objects=1)
     monkeypatch.setattr(train, "CROP", crop)
