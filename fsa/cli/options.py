@@ -64,8 +64,8 @@ Pretrained = Annotated[str | None, typer.Option(help="A tag of open_clip's, or a
 Vfm = Annotated[
     str | None,
     typer.Option(
-        help="For proxyclip: dino, dinov2, dinov3, sam, mae, or layer or layer:K of CLIP itself; "
-        "default dino, with tiny layer."
+        help="For proxyclip: dino, dinov2, dinov3, sam, mae, pe-spatial, c-radio, or layer or "
+        "layer:K of CLIP itself; default dino, with tiny layer."
     ),
 ]
 VfmPretrained = Annotated[str | None, typer.Option(help="A checkpoint file for the vfm.")]
