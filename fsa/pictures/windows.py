@@ -25,6 +25,11 @@ class Window:
             slice(self.left, self.left + self.width),
         )
 
+    def of(self, image: Tensor) -> Tensor:
+        """This part (...,height,width) of a picture (...,H,W)."""
+        rows, columns = self.slices
+        return image[..., rows, columns]
+
 
 def plan(height: int, width: int, window: int, stride: int) -> list[Window]:
     """The windows that cover a picture, row by row.

@@ -287,19 +287,19 @@ class Segmentor:
         not_finite = self._naming(picture.label)
         with torch.inference_mode(), named_out_of_memory(what, advice), not_finite:
             cosines = self._merged_cosines(picture, queries, sizes, window_batch, progress)
-            labels = label_map(
+            label_tensor = label_map(
                 cosines,
                 queries,
-                tuple(picture.rgb.shape[-2:]),
+                (picture.rgb.shape[-2], picture.rgb.shape[-1]),
                 prob_thd,
                 background_index,
                 scale=self.logit_scale,
             )
-            scores = class_probabilities(cosines, queries, self.logit_scale)
+            score_tensor = class_probabilities(cosines, queries, self.logit_scale)
             # Waits for the device, so that the time is the whole one.
-            labels = labels.cpu().numpy()
+            labels = label_tensor.cpu().numpy()
             require_finite(cosines)
-            scores = scores.cpu().numpy()
+            scores = score_tensor.cpu().numpy()
         settings = {
             "fsa": fsa.__version__,
             "torch": torch.__version__,
@@ -403,7 +403,7 @@ class Segmentor:
         merger = windows.WindowMerger(len(queries.features), height, width, image.device)
         for first in range(0, len(parts), window_batch):
             batch = parts[first : first + window_batch]
-            crops = torch.stack([image[(slice(None), *part.slices)] for part in batch])
+            crops = torch.stack([part.of(image) for part in batch])
             for part, cosines in zip(batch, self.window_cosines(crops, queries), strict=True):
                 merger.add(part, cosines)
             if progress is not None:
@@ -453,7 +453,7 @@ class Segmentor:
             unit = features.float()
             if not self.host.compared_as_they_are:
                 unit = functional.normalize(unit, dim=-1)
-            grid = self.host.grid(*windows.shape[-2:], vfm_features)
+            grid = self.host.grid(windows.shape[-2], windows.shape[-1], vfm_features)
             return (unit @ text_features.T).transpose(1, 2).unflatten(2, grid)
 
     def encode(self, classes: Classes, *, allow_repeats: bool = False) -> TextQueries:
@@ -487,6 +487,6 @@ class Segmentor:
     def padded(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Windows padded to whole patches, in the model's type, and where they begin in that."""
         of_vfm = self.vfm.multiple if self.vfm else 1
-        multiple = tuple(math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
-        padded, corner = windows.pad_to_multiple(crops, multiple)
+        rows, columns = (math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
+        padded, corner = windows.pad_to_multiple(crops, (rows, columns))
         return padded.to(self.loaded.dtype), corner
