@@ -75,8 +75,8 @@ Pretrained = Annotated[
 Vfm = Annotated[
     str | None,
     typer.Option(
-        help="The model that guides proxyclip: dino, dinov2, dinov3, sam, mae, or layer or "
-        "layer:K for a layer of CLIP itself; default dino, with tiny layer."
+        help="The model that guides proxyclip: dino, dinov2, dinov3, sam, mae, pe-spatial, "
+        "c-radio, or layer or layer:K for a layer of CLIP itself; default dino, with tiny layer."
     ),
 ]
 VfmPretrained = Annotated[
