@@ -56,7 +56,10 @@ ClassesFile = Annotated[
     Path | None, typer.Option(help="Class names from a text file instead, one class a line.")
 ]
 _HOST = typer.Option(
-    help=f"The method that segments, to which FSA is added; default {DEFAULT_HOST.value}."
+    # The names themselves would be a line wider than a terminal.
+    metavar="<name>",
+    help="The method that segments, to which FSA is added: "
+    f"{', '.join(host.value for host in HostName)}; default {DEFAULT_HOST.value}.",
 )
 _MODEL = typer.Option(help='"tiny" (embedded, the default), or an open_clip name such as ViT-B-16.')
 Host = Annotated[HostName, _HOST]

@@ -92,6 +92,14 @@ class LoadedModel:
             return None
         return float(self.model.logit_scale.float().exp())
 
+    @contextmanager
+    def naming(self, what: str) -> Iterator[None]:
+        """Around what computes: names the picture and the weights where it makes NaN or inf."""
+        try:
+            yield
+        except NotFiniteError:
+            raise self.not_finite(what) from None
+
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.visual.parameters()).dtype

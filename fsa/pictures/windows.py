@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,3 +91,32 @@ class WindowMerger:
     def mean(self) -> Tensor:
         """The merged map (C,H,W); every pixel must be covered."""
         return self._sum / self._count
+
+
+def merged(
+    image: Tensor,
+    compute: Callable[[Tensor], Iterable[Tensor]],
+    parts: Sequence[Window],
+    window_batch: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """The average over a picture's windows of what is computed of them, (C,H,W) float32.
+
+    Args:
+        image: (3,H,W).
+        compute: windows (B,3,h,w) -> the map (C,h,w) of each.
+        parts: the windows, from `plan`.
+        window_batch: how many are computed at once.
+        progress: called with (windows done, windows in all).
+    """
+    merger: WindowMerger | None = None
+    for first in range(0, len(parts), window_batch):
+        batch = parts[first : first + window_batch]
+        crops = torch.stack([image[(slice(None), *part.slices)] for part in batch])
+        for part, maps in zip(batch, compute(crops), strict=True):
+            if merger is None:
+                merger = WindowMerger(len(maps), *image.shape[-2:], device=image.device)
+            merger.add(part, maps)
+        if progress is not None:
+            progress(min(first + window_batch, len(parts)), len(parts))
+    return merger.mean()
