@@ -49,7 +49,7 @@ _ELSEWHERE = {
     "log": _ROOT / "bench" / "LOG.md",
     "model-card": _ROOT / "fsa" / "tiny" / "weights" / "MODEL_CARD.md",
 }
-_LINK = re.compile(r"\]\((?!https?:|#)(?P<path>[^)#\s]+)")
+_LINK = re.compile(r"\[(?P<text>[^][]*)\]\((?!https?:|#)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
 
 
 def _read(app: Any, page: str, source: list[str]) -> None:
@@ -65,7 +65,11 @@ def _read(app: Any, page: str, source: list[str]) -> None:
 
     def relinked(match: re.Match[str]) -> str:
         target = (folder / match["path"]).resolve()
-        return f"]({os.path.relpath(pages.get(target, target), (_DOCS / page).parent)}"
+        if target.is_dir():
+            # The site has pages and files, but no listings of folders.
+            return match["text"]
+        path = os.path.relpath(pages.get(target, target), (_DOCS / page).parent)
+        return f"[{match['text']}]({path}{match['anchor'] or ''})"
 
     source[0] = _LINK.sub(relinked, source[0])
 

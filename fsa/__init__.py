@@ -15,6 +15,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fsa.lazy import submodules
+
 if TYPE_CHECKING:
     from fsa import hosts
     from fsa.config import FSAConfig
@@ -53,6 +55,8 @@ __all__ = [
     "unplug",
 ]
 
+_submodule = submodules(__name__)
+
 # Resolved at first use, so that `fsa --help` and `import fsa` do not wait for torch.
 _HOMES = {
     "FSAConfig": "fsa.config",
@@ -76,11 +80,9 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "hosts":
-        return importlib.import_module("fsa.hosts")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'fsa' has no attribute {name!r}")
+    return _submodule(name)
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Sequence
@@ -89,14 +90,26 @@ def checked_name(name: Any, argument: str) -> str:
 def parse_class_text(text: str) -> list[list[str]]:
     """Classes from one line: "cat; dog, puppy; grass" -> [["cat"], ["dog", "puppy"], ["grass"]].
 
+    A backslash before a comma, a semicolon or a backslash makes it a part of the name.
+
     Raises:
         InputError: as `parse_classes`.
     """
-    entries = [entry for entry in text.split(";") if entry.strip()]
+    entries = [entry for entry in _parted(text, ";") if entry.strip()]
     # Before a list is made for each.
     if len(entries) > MAX_NAMES:
         raise InputError(_TOO_MANY_NAMES)
-    return [list(synonyms) for synonyms in parse_classes([e.split(",") for e in entries])]
+    return [list(synonyms) for synonyms in parse_classes([_names_in(e) for e in entries])]
+
+
+def _parted(text: str, mark: str) -> list[str]:
+    """The text between marks that have no backslash of their own before them."""
+    # One more mark to end the last part, with a space before it, which no backslash can touch.
+    return re.findall(rf"((?:\\[,;\\]|[^{mark}])*){mark}", f"{text} {mark}")
+
+
+def _names_in(entry: str) -> list[str]:
+    return [re.sub(r"\\([,;\\])", r"\1", name) for name in _parted(entry, ",")]
 
 
 def read_class_file(file: str | os.PathLike[str]) -> list[list[str]]:
@@ -132,6 +145,6 @@ def read_class_file(file: str | os.PathLike[str]) -> list[list[str]]:
                 "numbers; name a class there, or take the line out"
             )
     try:
-        return parse_class_text(";".join(lines))
+        return parse_class_text(" ;".join(lines))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None

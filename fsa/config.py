@@ -103,9 +103,10 @@ class FSAConfig:
             self._take(name, as_float(getattr(self, name)), "a finite number")
         self._require(
             "beta",
-            0 <= self.beta <= _BETA_LARGEST,
-            f"from 0 to {_BETA_LARGEST} (below 0, the less similar a patch is, the more it weighs)",
+            self.beta >= 0,
+            "at least 0 (below 0, the less similar a patch is, the more it would weigh)",
         )
+        self._require("beta", self.beta <= _BETA_LARGEST, f"at most {_BETA_LARGEST}")
         for name in ("confidence", "ratio"):
             self._take(name, as_float(getattr(self, name)), "a number in (0, 1]")
             self._require(name, 0 < getattr(self, name) <= 1, "a number in (0, 1]")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,52 @@ from fsa.errors import InputError
 def safe_stem(name: str) -> str:
     """A name without what could lead out of a directory or trouble a file system."""
     return re.sub(r"[^\w.-]+", "_", name).strip("._") or "picture"
+
+
+RESULT_ENDINGS = {"labels": "-labels.png", "overlay": "-overlay.png", "json": ".json"}
+"""What the files of a segmentation are called after its stem."""
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """What `Segmentation.save` wrote as JSON, or None for what is not there or something else."""
+    try:
+        record = json.loads(file.read_bytes())
+        return record if "fsa" in record["settings"] and "areas" in record else None
+    # Whatever a file of that name may hold that is none of ours.
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def results_in(folder: Path) -> frozenset[str]:
+    """Names of the pictures in a directory that `Segmentation.save` wrote, known by their JSON."""
+    names = []
+    for labels in folder.glob(f"*{RESULT_ENDINGS['labels']}"):
+        stem = labels.name.removesuffix(RESULT_ENDINGS["labels"])
+        if read_record(folder / f"{stem}{RESULT_ENDINGS['json']}") is not None:
+            names += [stem + RESULT_ENDINGS["labels"], stem + RESULT_ENDINGS["overlay"]]
+    return frozenset(names)
+
+
+def free_stem(folder: Path, stem: str, path: str, taken: Iterable[str] = ()) -> str:
+    """A stem under which no result of another picture lies: NAME, or NAME-2, NAME-3, ...
+
+    Args:
+        folder: of the results.
+        stem: the safe name wanted.
+        path: of the picture, absolute.
+        taken: stems that are given away already, in small letters: there are file systems that do
+            not tell them from capitals.
+    """
+    number, candidate = 2, stem
+    while candidate.casefold() in taken or not _free(folder, candidate, path):
+        candidate = f"{stem}-{number}"
+        number += 1
+    return candidate
+
+
+def _free(folder: Path, stem: str, path: str) -> bool:
+    record = read_record(folder / f"{stem}{RESULT_ENDINGS['json']}")
+    return record is None or record.get("picture", {}).get("path") in (None, path)
 
 
 def make_directory(folder: Path) -> None:

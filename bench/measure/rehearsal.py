@@ -236,7 +236,7 @@ def toy_replacements() -> Iterator[tuple[Any, str, Any]]:
         return of_host(HostRow(row.host, _TOY_BACKBONE, side=32, C=3), _CPU, dtype)
 
     def picture_contenders(row: Row, device: torch.device, dtype: torch.dtype) -> Any:
-        toy = PictureRow(row.host, _TOY_BACKBONE, 32, 32, 32, 32, 3)
+        toy = PictureRow(row.host, _TOY_BACKBONE, 112, 112, 112, 112, 3)
         return of_picture(toy, _CPU, dtype)
 
     def interpreted(kind: str, backend: str, *rest: Any) -> Any:

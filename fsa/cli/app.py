@@ -5,21 +5,18 @@ Nothing heavy is imported before a command needs it, so that help and mistakes a
 
 from __future__ import annotations
 
-import io
-import sys
+from typing import Annotated
 
 import typer
 
+import fsa
 from fsa.cli import compare, data, demo, evaluate, explore, info, models, segment
-from fsa.cli.terminal import shown
-from fsa.errors import FSAError
+from fsa.cli.terminal import one_line_messages
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    help="Open-vocabulary segmentation with CLIP and feedback self-adaptive attention (FSA).",
 )
 app.command("segment")(segment.segment)
 app.command("demo")(demo.demo)
@@ -31,13 +28,25 @@ app.command("eval")(evaluate.evaluate)
 app.add_typer(data.app, name="data")
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fsa {fsa.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Open-vocabulary segmentation with CLIP and feedback self-adaptive attention (FSA)."""
+
+
 def main() -> None:
     """Runs the command; an error of ours is one line on stderr and exit code 1."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Names that the terminal's or a file's encoding lacks are no reason to stop.
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
+    with one_line_messages():
         app()
-    except FSAError as error:
-        typer.echo(f"fsa: {shown(str(error))}", err=True)
-        sys.exit(1)

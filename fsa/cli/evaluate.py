@@ -226,7 +226,7 @@ def evaluate(
         segmentor = options.with_changes(segmentor, feedback_changes)
         on_gpu = segmentor.loaded.device.type == "cuda"
         run_options = {
-            "window_batch": window_batch or (_WINDOW_BATCH_GPU if on_gpu else _WINDOW_BATCH_CPU),
+            "window_batch": _default_batch(on_gpu) if window_batch is None else window_batch,
             "chunk": chunk,
             "workers": workers,
             "on_error": on_error.value,
@@ -244,6 +244,10 @@ def evaluate(
             _once(segmentor, opened, settings, folder, run_options, first)
     finally:
         processes.stop()
+
+
+def _default_batch(on_gpu: bool) -> int:
+    return _WINDOW_BATCH_GPU if on_gpu else _WINDOW_BATCH_CPU
 
 
 def _folder(dataset: Dataset, host: str, model: str, vfm: str | None, kind: str) -> Path:

@@ -47,37 +47,51 @@ DEFAULT_HOST = HostName.clearclip
 Classes = Annotated[
     str,
     typer.Option(
-        help='Class names, such as "cat; dog, puppy; grass". Commas part synonyms.',
+        help='Class names, such as "cat; dog, puppy; grass". Commas separate synonyms; write \\, '
+        "and \\; for a comma and a semicolon within a name.",
         show_default=False,
     ),
 ]
 ClassesFile = Annotated[
     Path | None, typer.Option(help="Class names from a text file instead, one class a line.")
 ]
-_HOST = typer.Option(help=f"The method that segments; default {DEFAULT_HOST.value}.")
+_HOST = typer.Option(
+    help=f"The method that segments, to which FSA is added; default {DEFAULT_HOST.value}."
+)
 _MODEL = typer.Option(help='"tiny" (embedded, the default), or an open_clip name such as ViT-B-16.')
 Host = Annotated[HostName, _HOST]
 HostIfGiven = Annotated[HostName | None, _HOST]
 Model = Annotated[str, _MODEL]
 ModelIfGiven = Annotated[str | None, _MODEL]
-Pretrained = Annotated[str | None, typer.Option(help="A tag of open_clip's, or a checkpoint file.")]
+Pretrained = Annotated[
+    str | None,
+    typer.Option(
+        help="The weights: one of open_clip's tags for the model, or the path of a checkpoint."
+    ),
+]
 Vfm = Annotated[
     str | None,
     typer.Option(
-        help="For proxyclip: dino, dinov2, dinov3, sam, mae, pe-spatial, c-radio, or layer or "
-        "layer:K of CLIP itself; default dino, with tiny layer."
+        help="The model that guides proxyclip: dino, dinov2, dinov3, sam, mae, pe-spatial, "
+        "c-radio, or layer or layer:K for a layer of CLIP itself; default dino, with tiny layer."
     ),
 ]
-VfmPretrained = Annotated[str | None, typer.Option(help="A checkpoint file for the vfm.")]
+VfmPretrained = Annotated[
+    str | None, typer.Option(help="A checkpoint file with the weights of --vfm.")
+]
 Feedback = Annotated[
-    bool, typer.Option("--feedback/--no-feedback", help="With FSA, or the host alone.")
+    bool, typer.Option("--feedback/--no-feedback", help="With FSA, or the baseline without it.")
 ]
 Beta = Annotated[
-    float | None, typer.Option(help="Sharpness of FSA's scaling; default as published.")
+    float | None,
+    typer.Option(help="How sharply FSA weighs the patches it keeps; default as published."),
 ]
 Confidence = Annotated[
     float | None,
-    typer.Option(help="p, the cumulative confidence that FSA keeps; default as published."),
+    typer.Option(
+        help="The share of its attention for which a patch keeps the most similar others (the "
+        "paper's p); default as published."
+    ),
 ]
 WINDOW = "Side of the sliding window in pixels"
 STRIDE = "Distance in pixels from one window to the next"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +26,7 @@ _CLASSES_SHOWN = 4
 
 def segment(
     pictures: Annotated[
-        list[Path], typer.Argument(help="Pictures, or directories of them.", show_default=False)
+        list[str], typer.Argument(help="Pictures, or directories of them.", show_default=False)
     ],
     classes: options.Classes = "",
     classes_file: options.ClassesFile = None,
@@ -40,12 +42,14 @@ def segment(
     stride: options.Stride = None,
     short_side: options.ShortSide = None,
     prob_thd: Annotated[
-        float, typer.Option(help="Pixels whose class is less probable become background.")
+        float,
+        typer.Option(help="Pixels whose best class is less probable than this become background."),
     ] = 0.0,
     background: Annotated[
-        str | None, typer.Option(help="The class that they become; added if it is not there.")
+        str | None,
+        typer.Option(help="The class that such pixels become; added if you did not name it."),
     ] = None,
-    window_batch: Annotated[int, typer.Option(help="Windows computed at once.")] = 8,
+    window_batch: Annotated[int, typer.Option(help="How many windows are computed at once.")] = 8,
     device: options.Device = None,
     dtype: options.Dtype = None,
     backend: options.Backend = options.BackendName.auto,
@@ -53,19 +57,30 @@ def segment(
         str | None, typer.Option(help="Where downloaded weights are kept.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("fsa-out"),
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Look into the folders of directories as well.")
+    ] = False,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing",
+            help="Leave out pictures that were segmented into --out with the same settings.",
+        ),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")] = False,
 ) -> None:
     """Label every pixel of pictures with the classes you name.
 
     For each picture: NAME-labels.png with a palette, NAME-overlay.png with a legend, and NAME.json
-    with areas and settings. A picture that fails does not stop the others.
+    with areas and settings. The result of another picture of the same name is kept: the new one is
+    called NAME-2. A picture that fails does not stop the others.
     """
     # What can be wrong is found before the models are loaded.
     from fsa.files import make_directory
     from fsa.pictures.reading import list_pictures
 
     class_list = options.classes_given(classes, classes_file)
-    files = list_pictures(pictures)
+    files = list_pictures(pictures, recursive=recursive)
     make_directory(out)
 
     from fsa.segment.segmentor import load_segmentor
@@ -92,7 +107,12 @@ def segment(
         "window_batch": window_batch,
     }
     # What no picture is accepted with is said once, not for every picture.
-    segmentor.check(class_list, **settings)
+    segmentor.settings(class_list, **settings)
+    found = len(files)
+    if skip_existing:
+        files = _without_results(segmentor, files, class_list, out, settings)
+        if not quiet and len(files) < found:
+            typer.echo(f"{found - len(files)} of {found} pictures have their results already")
     failures = _segment_all(segmentor, files, class_list, out, quiet, settings)
     if failures:
         typer.echo(f"{len(failures)} of {len(files)} pictures failed:", err=True)
@@ -112,19 +132,14 @@ def _segment_all(
     """Segments and saves each picture; returns what went wrong, a line each."""
     from tqdm import tqdm
 
-    from fsa.files import safe_stem
+    from fsa.files import free_stem, safe_stem
 
     failures: list[str] = []
     taken: set[str] = set()
     with tqdm(total=len(files), unit="picture", disable=quiet or None, file=sys.stderr) as bar:
         for file in files:
-            # Pictures of the same name in different directories do not overwrite each other, nor
-            # do those whose names differ in case on file systems that do not tell it.
-            stem = plain = safe_stem(file.stem)
-            number = 2
-            while stem.casefold() in taken:
-                stem = f"{plain}-{number}"
-                number += 1
+            # Pictures of the same name do not overwrite each other, of this run or an earlier one.
+            stem = free_stem(out, safe_stem(file.stem), os.path.abspath(file), taken)
             taken.add(stem.casefold())
             try:
                 result = segmentor.segment(
@@ -138,6 +153,28 @@ def _segment_all(
                     bar.write(_summary(file, result, written["overlay"]), file=sys.stdout)
             bar.update()
     return failures
+
+
+def _without_results(
+    segmentor: Segmentor,
+    files: list[Path],
+    classes: list[list[str]],
+    out: Path,
+    settings: dict[str, Any],
+) -> list[Path]:
+    """The pictures that were not segmented into `out` with these settings before."""
+    from fsa.files import RESULT_ENDINGS, read_record
+
+    # As JSON has it, which knows no tuples.
+    asked = json.loads(json.dumps(segmentor.settings(classes, **settings)))
+    done = set()
+    for file in out.glob(f"*{RESULT_ENDINGS['json']}"):
+        record = read_record(file)
+        stem = file.name.removesuffix(RESULT_ENDINGS["json"])
+        whole = all((out / f"{stem}{ending}").exists() for ending in RESULT_ENDINGS.values())
+        if record is not None and whole and asked.items() <= record["settings"].items():
+            done.add(record["picture"].get("path"))
+    return [file for file in files if os.path.abspath(file) not in done]
 
 
 def _window_progress(bar: tqdm, file: Path) -> Callable[[int, int], None]:

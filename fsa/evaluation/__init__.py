@@ -17,3 +17,9 @@ so on purpose:
 - ADE20K with 847 and PASCAL Context with 459 classes. Class 255 is counted here, and unlabelled
   pixels are not; see `fsa.evaluation.report`.
 """
+
+from __future__ import annotations
+
+from fsa.lazy import submodules
+
+__getattr__ = submodules(__name__)

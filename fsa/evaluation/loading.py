@@ -45,6 +45,32 @@ def working_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     return tuple(max(1, int(side * scale + 0.5)) for side in (height, width))
 
 
+class Normalisation:
+    """Pictures as CLIP takes them, with its statistics as the published configurations have them.
+
+    These are on the scale of 0 to 255 and rounded to three decimals, which decides a pixel here
+    and there that lies on the border of two classes.
+
+    Args:
+        mean, std: of the channels of pictures in [0, 1].
+        device: where the pictures will be.
+    """
+
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+    ) -> None:
+        self._mean, self._std = (
+            torch.tensor([round(255 * value, 3) for value in channels], device=device)[
+                :, None, None
+            ]
+            for channels in (mean, std)
+        )
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """(3,h,w) uint8 -> (3,h,w) float32."""
+        return (image.float() - self._mean) / self._std
+
+
 def loader(
     dataset: Dataset, indices: list[int], preset: Preset, workers: int, pin: bool
 ) -> DataLoader:

@@ -269,13 +269,15 @@ def _resize(
 ) -> Tensor:
     """(trained patches, D) -> (patches, D) in float32."""
     maps = positions.unflatten(0, trained_grid).permute(2, 0, 1)[None]
-    if offset:
-        factors = [(new + offset) / old for new, old in zip(grid, trained_grid, strict=True)]
-        sizes = {"scale_factor": tuple(factors)}
-    else:
-        sizes = {"size": grid}
+    factors = tuple((new + offset) / old for new, old in zip(grid, trained_grid, strict=True))
     # In float32: half-precision bicubic resizing is not there on every device.
-    resized = functional.interpolate(maps.float(), mode=mode, antialias=antialias, **sizes)
+    resized = functional.interpolate(
+        maps.float(),
+        size=None if offset else grid,
+        scale_factor=factors if offset else None,
+        mode=mode,
+        antialias=antialias,
+    )
     return resized[0].flatten(1).T
 
 
@@ -287,13 +289,10 @@ def _traced_resize(
     trained = (rows == trained_grid[0]) & (columns == trained_grid[1])
     # Distances in units of the offset, in which all are whole numbers and exact. On the trained
     # grid there is no offset: each patch keeps its own place, and its embedding exactly.
-    unit, one = (1 / offset, 1.0) if offset else (1.0, 0.0)
-    added = torch.where(trained, 0.0, one)
-    of_rows = _bicubic_weights(
-        grid[0], trained_grid[0], trained_grid[0] * unit / (rows * unit + added)
-    )
-    of_columns = _bicubic_weights(
-        grid[1], trained_grid[1], trained_grid[1] * unit / (columns * unit + added)
+    unit, added = 1 / offset, torch.where(trained, 0.0, 1.0)
+    of_rows, of_columns = (
+        _bicubic_weights(length, old, old * unit / (side * unit + added))
+        for length, old, side in zip(grid, trained_grid, (rows, columns), strict=True)
     )
     maps = positions.float().unflatten(0, trained_grid)
     maps = torch.einsum("rh,hwd->rwd", of_rows, maps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +17,16 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from fsa.errors import InputError
+from fsa.errors import FSAWarning, InputError
+from fsa.files import results_in
 
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused before they are decoded."""
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
+EXTENSIONS = (
+    *(".png", ".jpg", ".jpeg", ".jp2", ".j2k", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 
 # Read whatever the file is called. Formats of Pillow's that run other programs or hold more than
 # pictures (EPS, PDF, ...) are left out: a file may come from anywhere.
@@ -98,34 +103,81 @@ def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Picture:
     )
 
 
-def list_pictures(sources: Iterable[str | os.PathLike[str]]) -> list[Path]:
+def list_pictures(
+    sources: Iterable[str | os.PathLike[str]], *, recursive: bool = False
+) -> list[Path]:
     """The files behind a list of files and directories, each directory's sorted by name.
 
-    Files are taken whatever they are called; in a directory only those with the extension of a
-    picture that are not hidden.
+    Files are taken whatever they are called. In a directory, those with the extension of a picture
+    are taken that are not hidden and no results of this library, which a warning names; links that
+    lead nowhere are taken, to be said where they are read.
+
+    Args:
+        sources: files and directories.
+        recursive: look into the folders of a directory as well, hidden ones and links excepted;
+            otherwise a warning says that there are some.
 
     Raises:
-        InputError: a path that does not exist, or a directory without pictures.
+        InputError: a path that is empty or does not exist, or a directory without pictures.
     """
     files: list[Path] = []
-    for source in map(Path, sources):
-        if not stat.S_ISDIR(_mode(source)):
-            files.append(source)
-            continue
-        try:
-            found = sorted(
-                path
-                for path in source.iterdir()
-                if path.suffix.lower() in EXTENSIONS
-                and not path.name.startswith(".")
-                and path.is_file()
-            )
-        except OSError as error:
-            raise InputError(f"{source}: cannot be listed ({error.strerror})") from None
-        if not found:
-            raise InputError(f"{source}: the directory holds no pictures ({', '.join(EXTENSIONS)})")
-        files.extend(found)
+    for source in sources:
+        if not os.fspath(source):
+            raise InputError("a picture or a directory has an empty name")
+        path = Path(source)
+        if stat.S_ISDIR(_mode(path)):
+            files.extend(_pictures_in(path, recursive))
+        else:
+            files.append(path)
     return files
+
+
+def _pictures_in(folder: Path, recursive: bool) -> list[Path]:
+    found, results, folders = _listed(folder)
+    if recursive:
+        for inner in folders:
+            more, more_results, more_folders = _listed(inner)
+            found += more
+            results += more_results
+            folders += more_folders
+    elif folders:
+        warnings.warn(
+            f"{folder}: {len(folders)} folders in it are not looked into, such as "
+            f"{folders[0].name}; recursive=True (--recursive) does",
+            FSAWarning,
+            stacklevel=3,
+        )
+    if results:
+        warnings.warn(
+            f"{folder}: {len(results)} results of earlier segmentations are left out, such as "
+            f"{results[0].name}",
+            FSAWarning,
+            stacklevel=3,
+        )
+    if not found:
+        raise InputError(f"{folder}: the directory holds no pictures ({', '.join(EXTENSIONS)})")
+    return found
+
+
+def _listed(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """Of a directory, sorted by name: the pictures, the results among them, the folders."""
+    try:
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be listed ({error.strerror})") from None
+    folders = [path for path in entries if path.is_dir()]
+    pictures = [
+        path
+        for path in entries
+        if path.suffix.lower() in EXTENSIONS
+        and (path.is_file() or (path.is_symlink() and not path.exists()))
+    ]
+    results = results_in(folder)
+    return (
+        [path for path in pictures if path.name not in results],
+        [path for path in pictures if path.name in results],
+        [path for path in folders if not path.is_symlink()],
+    )
 
 
 def _from_file(path: Path, max_pixels: int) -> Tensor:

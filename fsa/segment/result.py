@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fsa.draw.colours import palette
+from fsa.draw.colours import colours_of_classes
 from fsa.draw.figures import overlay
-from fsa.files import make_directory, safe_stem, write_whole
+from fsa.files import RESULT_ENDINGS, free_stem, make_directory, safe_stem, write_whole
 from fsa.pictures.reading import Picture
 
 _PALETTE_CLASSES = 256
@@ -50,22 +50,24 @@ class Segmentation:
         return overlay(rgb, self.labels, self.class_names, alpha=alpha, legend=legend)
 
     def label_image(self) -> Image.Image:
-        """The labels as a picture: with the palette up to 256 classes, else 16 bits deep."""
+        """The labels as a picture: in the overlay's colours, or 16 bits deep above 256."""
         if len(self.class_names) > _PALETTE_CLASSES:
             return Image.fromarray(self.labels.astype(np.uint16))
         image = Image.fromarray(self.labels.astype(np.uint8))
-        image.putpalette(palette(len(self.class_names)).tobytes())
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
+        image.putpalette(colours_of_classes(counts).tobytes())
         return image
 
     def save(self, directory: str | os.PathLike[str], stem: str | None = None) -> dict[str, Path]:
         """Writes STEM-labels.png, STEM-overlay.png and STEM.json.
 
-        The JSON holds the picture's name, its path as it was given and its size in pixels, the
+        The JSON holds the picture's name, its absolute path and its size in pixels, the
         class names, their areas and the settings.
 
         Args:
             directory: made if it is not there.
-            stem: default the picture's name; what could leave the directory is replaced.
+            stem: default the picture's name, with a number where the result of another file lies
+                under it; what could leave the directory is replaced.
 
         Returns:
             "labels", "overlay", "json" -> file.
@@ -74,12 +76,18 @@ class Segmentation:
             InputError: a directory or file that cannot be written.
         """
         folder = Path(directory)
-        stem = safe_stem(self.picture.name if stem is None else stem)
+        path = None if self.picture.path is None else os.path.abspath(self.picture.path)
+        if stem is not None:
+            stem = safe_stem(stem)
+        elif path is None:
+            stem = safe_stem(self.picture.name)
+        else:
+            stem = free_stem(folder, safe_stem(self.picture.name), path)
         height, width = self.labels.shape
         record = {
             "picture": {
                 "name": self.picture.name,
-                "path": self.picture.path,
+                "path": path,
                 "width": width,
                 "height": height,
             },
@@ -87,11 +95,7 @@ class Segmentation:
             "areas": self.areas(),
             "settings": self.settings,
         }
-        files = {
-            "labels": folder / f"{stem}-labels.png",
-            "overlay": folder / f"{stem}-overlay.png",
-            "json": folder / f"{stem}.json",
-        }
+        files = {kind: folder / f"{stem}{ending}" for kind, ending in RESULT_ENDINGS.items()}
         text = json.dumps(record, indent=2) + "\n"
         make_directory(folder)
         write_whole(files["labels"], lambda out: self.label_image().save(out, "PNG"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,9 +59,8 @@ def load_segmentor(
     """A segmentor for any class names.
 
     Args:
-        host: "clip", "maskclip", "sclip", "clearclip", "proxyclip", "naclip", "segearth", "pearl",
-            "qk", "qq", "kk" or "vv", or a function that returns the attention between patches; see
-            `fsa.hosts.build`.
+        host: one of `fsa.hosts.names()`, or a function that returns the attention between patches;
+            see `fsa.hosts.build`.
         model: "tiny", the embedded model, or a name of open_clip's such as "ViT-B-16"; or a
             `CLIPModel`, `SiglipModel` or another that `fsa.models.transformers.from_transformers`
             takes, with its `processor`.
@@ -148,10 +147,8 @@ class Segmentor:
                 f"cuda_graph=True needs a CUDA device; the model is on {loaded.device}"
             )
         self.graphs = GraphCache(self.forward) if cuda_graph else None
-        self.host_name = host_name
-        self.host = host
-        self.loaded = loaded
-        self.vfm = vfm
+        self.host_name, self.host = host_name, host
+        self.loaded, self.vfm = loaded, vfm
         self.config = resolve_feedback(feedback, vfm, loaded)
         self.logit_scale = SEGMENTATION_SCALE * logit_scale_factor(loaded.temperature)
         self._feedback = feedback
@@ -209,7 +206,7 @@ class Segmentor:
             cuda_graph=self.graphs is not None,
         )
 
-    def check(
+    def settings(
         self,
         classes: Classes,
         *,
@@ -219,15 +216,31 @@ class Segmentor:
         prob_thd: float = 0.0,
         background: str | int | None = None,
         window_batch: int = 8,
-    ) -> None:
-        """Looks at arguments of `segment` without a picture.
+    ) -> dict[str, Any]:
+        """What `segment` does with these arguments, as plain values, without doing it.
 
         Raises:
-            InputError: those that `segment` accepts with no picture.
+            InputError: arguments that `segment` accepts with no picture.
         """
-        self._sizes(window, stride, short_side)
+        sizes = self._sizes(window, stride, short_side)
         integer_within("window_batch", window_batch, 1)
-        named_background(parse_classes(classes), prob_thd, background)
+        names, background_index = named_background(parse_classes(classes), prob_thd, background)
+        return {
+            "host": self.host_name,
+            "model": self.loaded.name,
+            "pretrained": self.loaded.pretrained,
+            "vfm": self.vfm.name if self.vfm else None,
+            "feedback": self.config.to_dict() if self.config else None,
+            "short_side": sizes.short_side,
+            "window": sizes.window,
+            "stride": sizes.stride,
+            "prob_thd": float(prob_thd),
+            "background": names[background_index] if background_index is not None else None,
+            "classes": [list(c) if not isinstance(c, str) else [c] for c in classes],
+            "backend": self.host.backend,
+            "device": str(self.loaded.device),
+            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+        }
 
     def segment(
         self,
@@ -271,11 +284,8 @@ class Segmentor:
         queries = self._text.encode(classes)
         what = f"windows of {sizes.window} pixels, {window_batch} at once, on {self.loaded.device}"
         advice = "lower window_batch, window or short_side"
-        with (
-            torch.inference_mode(),
-            named_out_of_memory(what, advice),
-            self._naming(picture.label),
-        ):
+        not_finite = self._naming(picture.label)
+        with torch.inference_mode(), named_out_of_memory(what, advice), not_finite:
             cosines = self._merged_cosines(picture, queries, sizes, window_batch, progress)
             labels = label_map(
                 cosines,
@@ -293,20 +303,14 @@ class Segmentor:
         settings = {
             "fsa": fsa.__version__,
             "torch": torch.__version__,
-            "host": self.host_name,
-            "model": self.loaded.name,
-            "pretrained": self.loaded.pretrained,
-            "vfm": self.vfm.name if self.vfm else None,
-            "feedback": self.config.to_dict() if self.config else None,
-            "short_side": sizes.short_side,
-            "window": sizes.window,
-            "stride": sizes.stride,
-            "prob_thd": float(prob_thd),
-            "background": names[background_index] if background_index is not None else None,
-            "classes": [list(c) if not isinstance(c, str) else [c] for c in classes],
-            "backend": self.host.backend,
-            "device": str(self.loaded.device),
-            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+            **self.settings(
+                classes,
+                window=window,
+                stride=stride,
+                short_side=short_side,
+                prob_thd=prob_thd,
+                background=background,
+            ),
             "seconds": round(time.perf_counter() - start, 3),
         }
         return Segmentation(
@@ -373,14 +377,12 @@ class Segmentor:
                 self, working, queries.features, patch, sizes, max_patches=max_patches
             )
 
-    def explore(
-        self, image: Any, classes: Classes, out: str | os.PathLike[str], **options: Any
-    ) -> None:
+    def explore(self, image: Any, classes: Classes, out: str | Path, **options: Any) -> Path:
         """Writes one HTML page to look into feedback; see `fsa.showcase.explorer.explore`."""
-        # The page is made of segmentations, so its module is imported only where one is asked for.
+        # The explorer is made of segmentors, so it can only be imported when it is asked for.
         from fsa.showcase.explorer import explore
 
-        explore(self, image, classes, out, **options)
+        return explore(self, image, classes, out, **options)
 
     def _sizes(self, window: int | None, stride: int | None, short_side: int | None) -> Sizes:
         default = TINY_SIZES if self.loaded.name == TINY else PAPER_SIZES

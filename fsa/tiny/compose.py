@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fsa.tiny.captions import caption
 from fsa.tiny.pictographs import TRAIN_STYLES, UNSEEN_STYLE
-from fsa.tiny.scenes import Composer, Scenes, Sprites, caption
+from fsa.tiny.scenes import Composer, Scenes, Sprites
 from fsa.tiny.vocabulary import CLASSES, OBJECTS
 
 PICTURES = 200

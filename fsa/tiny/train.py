@@ -31,8 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fsa.tiny import CONFIG
+from fsa.tiny.captions import caption
 from fsa.tiny.pictographs import TRAIN_STYLES
-from fsa.tiny.scenes import Composer, Sprites, caption
+from fsa.tiny.scenes import Composer, Sprites
 from fsa.tiny.vocabulary import OBJECTS
 
 _CHECKPOINT = "checkpoint.pt"

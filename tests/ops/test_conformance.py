@@ -798,10 +798,36 @@ def columns_of(attended: Tensor, value: Tensor, terms: tuple[str, ...]) -> Tenso
     return torch.cat([sum(side) for side in sides if side], dim=-1)
 
 
-@every_type
-@pytest.mark.parametrize("terms", TERMS, ids="+".join)
-@pytest.mark.parametrize(("L", "N", "d"), [(21, 20, 5), (1, 1, 16), (40, 33, 40)])
-def test_heads_are_gathered_as_a_step_takes_them(backend, dtype, L, N, d, terms):
+HEAD_SIZES = [(21, 20, 5), (1, 1, 16), (40, 33, 40)]
+
+
+def heads_of_backends() -> list:
+    parameters = []
+    for name in BACKENDS:
+        for i, size in enumerate(HEAD_SIZES):
+            for j, terms in enumerate(TERMS):
+                for k, dtype in enumerate(Backend(name).dtypes):
+                    # Every pair of a size, terms and a type once.
+                    quick = name == "torch" or ON_GPU or (i + j + k) % 3 == 0
+                    parameters.append(
+                        pytest.param(
+                            name,
+                            size,
+                            terms,
+                            dtype,
+                            marks=() if quick else pytest.mark.slow,
+                            id=f"{name}-{'x'.join(map(str, size))}-{'+'.join(terms)}-"
+                            + str(dtype).removeprefix("torch."),
+                        )
+                    )
+    return parameters
+
+
+@pytest.mark.parametrize(
+    ("backend", "size", "terms", "dtype"), heads_of_backends(), indirect=["backend"]
+)
+def test_heads_are_gathered_as_a_step_takes_them(backend, size, terms, dtype):
+    L, N, d = size
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(2, L, 3, d, generator=generator).to(dtype)
     attended = torch.randn(2, 3, N, d, generator=generator).to(dtype)

@@ -19,7 +19,7 @@ import fsa
 from fsa import InputError
 from fsa.segment import graphs
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="capturing needs a GPU")
+needs_gpu = pytest.mark.gpu
 
 
 def test_graphs_are_for_gpus():

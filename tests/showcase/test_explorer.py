@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fsa import FSAConfig, load_segmentor, reference, tiny
+from fsa import FSAConfig, hosts, load_segmentor, reference, tiny
 from fsa.errors import InputError
 from fsa.showcase.explorer import explore, gathering, packing
 from fsa.showcase.explorer.page import page
@@ -38,6 +38,13 @@ def segmentor():
 @pytest.fixture(scope="module")
 def data(segmentor):
     return gathering.gathered(segmentor, SCENE.picture, SCENE.classes, None, SMALL)
+
+
+@pytest.fixture(scope="module")
+def large_page(segmentor, tmp_path_factory):
+    file = tmp_path_factory.mktemp("large") / "explore.html"
+    sizes = {"window": 336, "stride": 336, "short_side": 336}
+    return segmentor.explore(SCENE.picture, SCENE.classes, file, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +98,11 @@ def test_the_command_writes_a_page(run, tmp_path):
     assert data["patch"] == 0
 
 
-def test_a_page_of_441_patches_holds_all_it_needs_in_4_megabytes(segmentor, tmp_path):
-    file = tmp_path / "explore.html"
-    segmentor.explore(SCENE.picture, SCENE.classes, file, window=336, short_side=336)
-    text = file.read_text(encoding="utf-8")
+def test_a_page_of_441_patches_holds_all_it_needs_in_4_megabytes(large_page):
+    text = large_page.read_text(encoding="utf-8")
     data = embedded(text)
     assert data["grid"] == [21, 21]
-    assert file.stat().st_size < 4e6
+    assert large_page.stat().st_size < 4e6
     for elsewhere in ("http:", "https:", "url(", "@import", "<link", " src=", " href="):
         assert elsewhere not in text.lower()
     assert "default-src 'none'" in text
@@ -122,7 +127,7 @@ def test_no_name_ends_the_script_or_opens_another(segmentor, tmp_path):
     assert [c["name"] for c in embedded(text)["classes"]] == [name, "{{script}}"]
 
 
-@pytest.mark.parametrize("host", ["sclip", "clearclip", "maskclip", "proxyclip"])
+@pytest.mark.parametrize("host", hosts.names())
 @pytest.mark.parametrize("isolation", [True, False])
 def test_the_page_is_given_what_the_segmentor_computes_with(segmentor, host, isolation):
     config = FSAConfig(isolation=isolation, adaptations=("after", "before"))
@@ -196,10 +201,24 @@ def rows_of(browser, requests):
     )
 
 
+def show(browser, file, **options):
+    """Opens a page and waits until it has drawn the first patch."""
+    browser.open(file, **options)
+    browser.evaluate(
+        """new Promise((done) => {
+            const look = () => {
+                if (document.getElementById("text-adapted").textContent) done();
+                else setTimeout(look, 10);
+            };
+            look();
+        })"""
+    )
+
+
 def opened(browser, tmp_path, data, **options):
     file = tmp_path / "explore.html"
     file.write_text(page(data), encoding="utf-8")
-    browser.open(file, **options)
+    show(browser, file, **options)
     return file
 
 
@@ -218,7 +237,7 @@ def test_the_page_computes_feedback_by_its_definition(browser, segmentor, data, 
     attention = window.attentions.host[0].double()
     values = [
         {"confidence": 0.45, "ratio": 0.4, "threshold": 0.5, "beta": 3},
-        {"confidence": 0.07, "ratio": 0.01, "threshold": 0.9, "beta": -1.5},
+        {"confidence": 0.07, "ratio": 0.01, "threshold": 0.9, "beta": 0},
         {"confidence": 1, "ratio": 1, "threshold": 0, "beta": 80},
     ]
     for numbers in values:
@@ -243,6 +262,16 @@ def test_the_page_computes_feedback_by_its_definition(browser, segmentor, data, 
                         row, whole[patch], atol=1e-4, err_msg=f"{name} {patch} {change}"
                     )
     assert browser.complaints == []
+
+
+def test_the_page_computes_a_window_of_441_patches(browser, large_page):
+    show(browser, large_page)
+    patches = (0, 200, 440)
+    answers = rows_of(browser, [(patch, {}) for patch in patches])
+    logits = logits_of(embedded(large_page.read_text(encoding="utf-8")))
+    expected = reference.feedback_attention(*logits)[0]
+    for patch, (row, _, _) in zip(patches, answers, strict=True):
+        np.testing.assert_allclose(row, expected[patch], atol=1e-6)
 
 
 @pytest.mark.parametrize("adaptations", [("after",), ("before",), ("only", "before")])
@@ -326,7 +355,7 @@ def test_the_page_asks_for_nothing_and_complains_of_nothing(browser, data, tmp_p
     assert [url for url in browser.requests if not url.startswith("data:")] == [file.as_uri()]
     # The address holds the patch and the settings.
     assert text_of(browser, "text-kept") == f"{36 // 4} of 36"
-    assert text_of(browser, "status").startswith("Row 1, column 2 of the window:")
+    assert text_of(browser, "status").startswith("Row 1, column 2:")
 
 
 @pytest.mark.parametrize("fragment", ["#patch=99,99&beta=inf&pruning=all&similarity", "#%", "#a"])
@@ -334,7 +363,7 @@ def test_an_address_that_means_nothing_is_passed_over(browser, data, tmp_path, f
     opened(browser, tmp_path, data, fragment=fragment)
     assert browser.complaints == []
     assert browser.evaluate("settings.pruning") == "confidence"
-    assert text_of(browser, "status").startswith("Row 2, column 3 of the window:")
+    assert text_of(browser, "status").startswith("Row 2, column 3:")
 
 
 def test_the_keyboard_moves_the_patch_and_reaches_every_control(browser, data, tmp_path):
@@ -358,15 +387,15 @@ def test_the_keyboard_moves_the_patch_and_reaches_every_control(browser, data, t
         ("ArrowLeft", "Row 1, column 4"),
     ):
         browser.press(key)
-        assert settled(browser).startswith(f"{place} of the window:"), key
+        assert settled(browser).startswith(f"{place}:"), key
     assert browser.evaluate("location.hash") == "#patch=1,4"
     style = browser.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert style == "solid"
 
 
-def middle_of(browser, name, row, column):
-    """Where a patch of the 6 x 6 of a map lies in the viewport."""
-    left, top, width, height = browser.evaluate(
+def frame_of(browser, name):
+    """Left, top, width and height of a canvas in the viewport."""
+    return browser.evaluate(
         f"""(() => {{
             const canvas = document.getElementById({name!r});
             canvas.scrollIntoView({{ block: "center" }});
@@ -374,6 +403,11 @@ def middle_of(browser, name, row, column):
             return [frame.left, frame.top, frame.width, frame.height];
         }})()"""
     )
+
+
+def middle_of(browser, name, row, column):
+    """Where a patch of the 6 x 6 of a map lies in the viewport."""
+    left, top, width, height = frame_of(browser, name)
     return left + (column + 0.5) * width / 6, top + (row + 0.5) * height / 6
 
 
@@ -381,13 +415,55 @@ def test_the_mouse_looks_at_a_patch_and_a_click_stays_there(browser, data, tmp_p
     opened(browser, tmp_path, data)
     at = middle_of(browser, "map-feedback", 1, 4)
     browser.mouse("mouseMoved", *at)
-    assert settled(browser).startswith("Row 1, column 4 of the window:")
+    assert settled(browser).startswith("Row 1, column 4:")
     browser.mouse("mouseMoved", 2, 2)
-    assert settled(browser).startswith("Row 2, column 3 of the window:")
+    assert settled(browser).startswith("Row 2, column 3:")
     for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
         browser.mouse(kind, *at)
     browser.mouse("mouseMoved", 2, 2)
-    assert settled(browser).startswith("Row 1, column 4 of the window:")
+    assert settled(browser).startswith("Row 1, column 4:")
+    assert browser.complaints == []
+
+
+def test_the_picture_tells_its_labels_and_chooses_patches(browser, segmentor, data, tmp_path):
+    opened(browser, tmp_path, data)
+    left, top, width, height = frame_of(browser, "picture")
+    window, size = data["window"], data["size"]
+
+    def point_at(row, column):
+        """The middle of a patch of the window."""
+        y = (window["top"] + (row + 0.5) * window["height"] / 6) / size[0]
+        x = (window["left"] + (column + 0.5) * window["width"] / 6) / size[1]
+        return x, y, (left + x * width, top + y * height)
+
+    without, with_feedback = (
+        segmentor.with_feedback(config).segment(SCENE.picture, SCENE.classes, **SMALL).labels
+        for config in (False, True)
+    )
+    said = set()
+    for row, column in product(range(1, 5), (0, 1, 4, 5)):
+        x, y, at = point_at(row, column)
+        browser.mouse("mouseMoved", *at)
+        place = int(y * len(without)), int(x * len(without[0]))
+        before, after = (SCENE.classes[labels[place]] for labels in (without, with_feedback))
+        text = text_of(browser, "pixel")
+        assert before in text, (row, column)
+        assert after in text, (row, column)
+        said.add(text)
+    assert len(said) > 2
+    # In the middle of a patch a click chooses it; on the divider it is taken along.
+    for kind in ("mousePressed", "mouseReleased"):
+        browser.mouse(kind, *point_at(4, 1)[2])
+    assert settled(browser).startswith("Row 4, column 1:")
+    at = left + width / 2, top + height / 2
+    for kind, right in (
+        ("mousePressed", 0),
+        ("mouseMoved", width / 4),
+        ("mouseReleased", width / 4),
+    ):
+        browser.mouse(kind, at[0] + right, at[1])
+    assert abs(float(browser.evaluate("document.getElementById('divider').value")) - 75) <= 1
+    assert settled(browser).startswith("Row 4, column 1:")
     assert browser.complaints == []
 
 
@@ -395,7 +471,7 @@ def test_a_finger_chooses_a_patch_on_a_page_no_wider_than_a_phone(browser, data,
     opened(browser, tmp_path, data, size=(390, 844), touch=True)
     assert browser.evaluate("document.documentElement.scrollWidth") == 390
     browser.tap(*middle_of(browser, "map-kept", 4, 0))
-    assert settled(browser).startswith("Row 4, column 0 of the window:")
+    assert settled(browser).startswith("Row 4, column 0:")
 
 
 def test_the_controls_answer_and_can_be_taken_back(browser, data, tmp_path):
@@ -439,3 +515,14 @@ def test_settings_beyond_the_sliders_are_kept_as_they_were_computed(browser, dat
     assert browser.evaluate("settings.confidence") == 0.4275
     assert browser.evaluate("document.querySelector('[name=beta-value]').textContent") == "40.25"
     assert browser.evaluate("document.getElementById('reset').disabled")
+
+
+@pytest.mark.parametrize("size", [(3000, 2), (1, 1), (2, 90)])
+def test_pictures_of_any_shape_make_a_page(segmentor, tmp_path, browser, size):
+    picture = tmp_path / "thin.png"
+    Image.new("RGB", size, "green").save(picture)
+    sizes = {"short_side": 16, "window": 64, "stride": 64}
+    file = segmentor.explore(picture, ["cat", "dog"], tmp_path / "explore.html", **sizes)
+    show(browser, file)
+    assert browser.complaints == []
+    assert browser.evaluate("document.getElementById('picture').clientHeight") < 700

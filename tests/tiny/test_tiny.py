@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw
 
 from fsa import tiny
 from fsa.tiny import compose, train
+from fsa.tiny.captions import caption
 from fsa.tiny.pictographs import TRAIN_STYLES, UNSEEN_STYLE
-from fsa.tiny.scenes import Composer, Sprites, caption
+from fsa.tiny.scenes import Composer, Sprites
 from fsa.tiny.vocabulary import CLASSES, OBJECTS, TEXTURES
 
 SIZE = (96, 128)

@@ -44,7 +44,7 @@ def gathered(
     image: Any,
     classes: Classes,
     patch: tuple[int, int] | None,
-    sizes: dict[str, int | None],
+    sizes: dict[str, Any],
 ) -> dict[str, Any]:
     """Everything the page is given.
 
@@ -56,9 +56,10 @@ def gathered(
     Raises:
         InputError: as `fsa.showcase.explorer.explore`.
     """
-    config = segmentor.config
     picture = read_image(image)
     seen = segmentor.window_attentions(picture, classes, patch, max_patches=MAX_PATCHES, **sizes)
+    config = segmentor.config
+    assert config is not None  # Or there had been no attentions after feedback.
     queries = segmentor.encode(classes)
     patches = seen.grid[0] * seen.grid[1]
     _check_predictions(patches, len(queries.features))
@@ -67,6 +68,7 @@ def gathered(
         # What the page subtracts when isolation is switched on there.
         isolated = segmentor.with_feedback(config.replace(isolation=True))
         first = isolated.window_attentions(picture, classes, patch, **sizes)
+    assert first.attentions.uniform_features is not None
     texts = queries.features
     before, uniform, after = (
         _cosines(features, texts)

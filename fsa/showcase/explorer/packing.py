@@ -17,7 +17,8 @@ def encoded(values: np.ndarray) -> str:
 def packed_cosines(cosines: np.ndarray, exact: bool) -> dict[str, Any]:
     """Cosines (rows,C): float32 where `exact`, else in 65536 equal steps from least to largest."""
     if exact:
-        return {"type": "float32", "rows": len(cosines), "values": encoded(np.float32(cosines))}
+        values = encoded(cosines.astype(np.float32))
+        return {"type": "float32", "rows": len(cosines), "values": values}
     low, high = float(cosines.min()), float(cosines.max())
     step = (high - low) / 65535 or 1.0
     levels = np.rint((cosines.astype(np.float64) - low) / step).astype(np.uint16)
@@ -43,7 +44,7 @@ def packed_rows(matrix: np.ndarray, exact: bool) -> dict[str, Any]:
     levels = np.rint(np.sign(share) * np.sqrt(np.abs(share)) * highest).astype(kind)
     return {
         "type": np.dtype(kind).name,
-        "largest": encoded(np.float32(largest)),
+        "largest": encoded(largest.astype(np.float32)),
         "levels": encoded(levels),
     }
 

@@ -1,6 +1,6 @@
 "use strict";
 
-// ---- What the page was given -------------------------------------------------------------------
+// ---- What the page was given --------------------------------------------------------------------
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const [ROWS, COLUMNS] = data.grid;
@@ -68,7 +68,7 @@ const uniformCosines = unpackCosines(data.uniformCosines);
 const attention = unpackRows(data.attention);
 const adaptedPredictions = unpackRows(data.adaptedPredictions);
 
-// ---- Feedback by its definition (Eqs. 6 to 14), in double precision ----------------------------
+// ---- Feedback by its definition (Eqs. 6 to 14), in double precision -----------------------------
 
 function softmaxInto(out, start, logits) {
   let largest = -Infinity;
@@ -218,17 +218,21 @@ function adaptedRow(i, feedback, { adaptations }) {
   return out.map((value) => value / adaptations.length);
 }
 
-// ---- State: the settings and the patch, kept in the address so that a view can be shared ---------
+// ---- State: the settings and the patch, kept in the address so that a view can be shared --------
 
 const NUMBERS = ["confidence", "ratio", "threshold", "beta"];
 const SWITCHES = ["isolation", "scaling"];
 const ADAPTATIONS = ["after", "before", "only"];
-const CHOICES = { similarity: ["kl", "cosine"], pruning: ["confidence", "ratio", "threshold", null] };
+const CHOICES = {
+  similarity: ["kl", "cosine"],
+  pruning: ["confidence", "ratio", "threshold", null],
+};
 
 function computedSettings() {
   const names = [...NUMBERS, ...SWITCHES, ...Object.keys(CHOICES)];
   const settings = Object.fromEntries(names.map((name) => [name, data.config[name]]));
-  return { ...settings, adaptations: ADAPTATIONS.filter((a) => data.config.adaptations.includes(a)) };
+  const adaptations = ADAPTATIONS.filter((name) => data.config.adaptations.includes(name));
+  return { ...settings, adaptations };
 }
 
 let settings = computedSettings();
@@ -252,8 +256,8 @@ function readAddress() {
   if (row >= 0 && row < ROWS && column >= 0 && column < COLUMNS) pinned = row * COLUMNS + column;
   for (const name of NUMBERS) {
     const value = Number(given.get(name) ?? NaN);
-    const [low, high] = name === "beta" ? [-80, 80] : [name === "threshold" ? 0 : 1e-6, 1];
-    if (value >= low && value <= high) settings[name] = value;
+    const low = name === "confidence" || name === "ratio" ? 1e-6 : 0;
+    if (value >= low && value <= (name === "beta" ? 80 : 1)) settings[name] = value;
   }
   for (const name of SWITCHES) {
     if (["true", "false"].includes(given.get(name))) settings[name] = given.get(name) === "true";
@@ -320,8 +324,8 @@ function writeNotes() {
       "control moves. The labels and the predictions with feedback stay as they were computed.",
     `The predictions are probabilities: without and with feedback those that decide the labels, ` +
       `at ${data.segmentationScale} times the cosine of patch and text; those that feedback ` +
-      `compares are taken at ${config.logit_scale} times the cosine, and isolation subtracts what ` +
-      `attention to all patches alike predicts, at ${config.uniform_logit_scale} times its cosine.`,
+      `compares are taken at ${config.logit_scale} times the cosine, and attention isolation ` +
+      `subtracts ${config.uniform_logit_scale} times the cosine that uniform attention gives.`,
     "The file holds A to within " +
       (data.exactAttention ? "0.01%" : "1%") +
       " of the largest entry of a row, and the cosines of patches and texts " +
@@ -352,7 +356,7 @@ function writeLegend() {
   );
 }
 
-// ---- The picture and its labels ------------------------------------------------------------------
+// ---- The picture and its labels -----------------------------------------------------------------
 
 const photo = new Image();
 const stage = $("picture");
@@ -387,7 +391,8 @@ function painted(map, width, height) {
   const context = canvas.getContext("2d");
   const pixels = context.createImageData(width, height);
   for (let i = 0; i < map.length; i++) {
-    const border = (i % width && map[i] !== map[i - 1]) || (i >= width && map[i] !== map[i - width]);
+    const [left, above] = [i % width ? i - 1 : i, i >= width ? i - width : i];
+    const border = map[i] !== map[left] || map[i] !== map[above];
     const colour = data.classes[map[i]].colour;
     for (let k = 0; k < 3; k++) pixels.data[4 * i + k] = colour[k] * (border ? 0.35 : 1);
     pixels.data[4 * i + 3] = 255;
@@ -499,7 +504,7 @@ function listenToPicture() {
   for (const id of ["divider", "tint"]) $(id).addEventListener("input", schedule);
 }
 
-// ---- The maps of one patch -----------------------------------------------------------------------
+// ---- The maps of one patch ----------------------------------------------------------------------
 
 const MAPS = ["before", "kept", "feedback", "adapted"];
 let crops;
@@ -598,7 +603,8 @@ function summary(row, patch) {
 function drawMaps(patch, found) {
   const before = attention.subarray(patch * N, (patch + 1) * N);
   drawHeat("before", before, patch);
-  describe("before", summary(before, patch), `Attention before feedback: ${summary(before, patch)}`);
+  const ownBefore = summary(before, patch);
+  describe("before", ownBefore, `Attention before feedback: ${ownBefore}`);
   drawKept(found.kept, patch);
   describe("kept", `${found.count} of ${N}`, `${found.count} of ${N} patches are kept`);
   drawHeat("feedback", found.row, patch);
@@ -658,7 +664,7 @@ function listenToMaps() {
   });
 }
 
-// ---- The curve and the bars ----------------------------------------------------------------------
+// ---- The curve and the bars ---------------------------------------------------------------------
 
 function path(values) {
   const x = (j) => (30 + ((j + 1) * 302) / N).toFixed(1);
@@ -672,7 +678,7 @@ function path(values) {
 
 function drawCurve({ ordered, cumulative, count }) {
   const cut = 30 + (count * 302) / N;
-  const level = { confidence: settings.confidence, threshold: settings.threshold }[settings.pruning];
+  const level = settings.pruning === "ratio" ? undefined : settings[settings.pruning];
   $("curve-confidence").setAttribute("d", path(cumulative));
   $("curve-similarity").setAttribute("d", path(ordered));
   $("curve-cut").setAttribute("d", `M${cut} 10V140`);
@@ -742,7 +748,7 @@ function drawBars(patch) {
   );
 }
 
-// ---- The controls --------------------------------------------------------------------------------
+// ---- The controls -------------------------------------------------------------------------------
 
 const form = $("settings");
 
@@ -771,7 +777,6 @@ function showSettings() {
 function listenToControls() {
   const beta = form.elements.beta;
   beta.max = Math.max(beta.max, Math.ceil(settings.beta));
-  beta.min = Math.min(beta.min, Math.floor(settings.beta));
   form.addEventListener("input", (event) => {
     const { name, value, checked } = event.target;
     if (NUMBERS.includes(name)) settings[name] = Number(value);
@@ -789,7 +794,7 @@ function listenToControls() {
   form.addEventListener("submit", (event) => event.preventDefault());
 }
 
-// ---- Drawing it all ------------------------------------------------------------------------------
+// ---- Drawing it all -----------------------------------------------------------------------------
 
 function current() {
   return pointed ?? pinned;
@@ -808,7 +813,11 @@ function point(patch) {
 
 function changed() {
   showSettings();
-  history.replaceState(null, "", address());
+  try {
+    history.replaceState(null, "", address());
+  } catch {
+    // In a sandboxed frame the address stays as it is.
+  }
   schedule();
 }
 
@@ -830,12 +839,18 @@ function draw() {
   const best = drawBars(patch);
   const [row, column] = [Math.floor(patch / COLUMNS), patch % COLUMNS];
   const same = best.without === best.with;
-  const predicted = same ? `${best.with} before and after` : `${best.without} before, ${best.with} after`;
-  $("status").textContent =
-    `Row ${row}, column ${column} of the window: ${predicted}; ${found.count} of ${N} kept.`;
+  const predicted = same
+    ? `Predicted: ${best.with} before and after.`
+    : `Predicted: ${best.without} before, ${best.with} after.`;
+  $("status").replaceChildren(
+    element("span", `Row ${row}, column ${column}: ${found.count} of ${N} patches kept. `),
+    element("span", predicted),
+  );
 }
 
-/** Canvases as sharp as the screen. */
+const TALLEST = 1.6;
+
+/** Canvases as sharp as the screen, narrower where they would be very tall. */
 function fit() {
   const sizes = [
     [stage, data.picture.height / data.picture.width],
@@ -843,6 +858,7 @@ function fit() {
   ];
   for (const [canvas, shape] of sizes) {
     canvas.style.aspectRatio = `1 / ${shape}`;
+    canvas.style.width = `${Math.min(1, TALLEST / shape) * 100}%`;
     const width = Math.max(1, Math.round(canvas.clientWidth * devicePixelRatio));
     const height = Math.max(1, Math.round(width * shape));
     if (canvas.width !== width || canvas.height !== height) {
