@@ -121,7 +121,7 @@ class TimmTower(Tower):
                     f"queries and keys of {type(self.visual.trunk).__name__} have rotary "
                     "positions: pass the grid of the patches"
                 )
-            sines = self._rotary_positions(grid, tokens.device)
+            sines = _rotary_positions(self.rotary, grid, tokens.device)
             for name in _ROTATED:
                 if name in projected:
                     projected[name] = self._rotated(projected[name], sines)
@@ -151,7 +151,7 @@ class TimmTower(Tower):
     def _run_blocks(self, tokens: Tensor, blocks: slice, grid: tuple[int, int]) -> Tensor:
         options = {}
         if self.rotary is not None:
-            options["rope"] = self._rotary_positions(grid, tokens.device)
+            options["rope"] = _rotary_positions(self.rotary, grid, tokens.device)
         for block in list(self.visual.trunk.blocks)[blocks]:
             tokens = block(tokens, **options)
         return tokens
@@ -189,31 +189,33 @@ class TimmTower(Tower):
         norm = getattr(embedding, "norm", None)
         return patches if norm is None else norm(patches)
 
-    def _rotary_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """Sines and cosines (N, 2 d) in float32: the angles of the patches of a grid.
-
-        The module of the model holds those of the trained grid alone.
-        """
-        rotary: Any = self.rotary
-        both = build_rotary_pos_embed(
-            list(grid),
-            dim=rotary.dim,
-            max_res=rotary.max_res,
-            temperature=rotary.temperature,
-            linear_bands=rotary.linear_bands,
-            in_pixels=rotary.in_pixels,
-            ref_feat_shape=rotary.ref_feat_shape,
-            grid_offset=rotary.grid_offset,
-            grid_indexing=rotary.grid_indexing,
-            device=device,
-        )
-        return torch.cat(both, dim=-1)
-
     def _rotated(self, inputs: Tensor, positions: Tensor) -> Tensor:
         """Queries or keys (B,H,L,d) with those of the patches rotated."""
         prefix, patches = inputs[:, :, : self.prefix_tokens], inputs[:, :, self.prefix_tokens :]
         rotated = apply_rot_embed_cat(patches, positions).to(inputs.dtype)
         return torch.cat([prefix, rotated], dim=2)
+
+
+def _rotary_positions(
+    rotary: RotaryEmbeddingCat, grid: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Sines and cosines (N, 2 d) in float32: the angles of the patches of a grid.
+
+    The module of the model holds those of the trained grid alone.
+    """
+    both = build_rotary_pos_embed(
+        list(grid),
+        dim=rotary.dim,
+        max_res=rotary.max_res,
+        temperature=rotary.temperature,
+        linear_bands=rotary.linear_bands,
+        in_pixels=rotary.in_pixels,
+        ref_feat_shape=rotary.ref_feat_shape,
+        grid_offset=rotary.grid_offset,
+        grid_indexing=rotary.grid_indexing,
+        device=device,
+    )
+    return torch.cat(both, dim=-1)
 
 
 def _packed_bias(attention: Any) -> Tensor | None:

@@ -145,7 +145,8 @@ class _TransformersTower(Tower):
         self.layers = config.num_hidden_layers
         self.output_dim = output_dim
         patches = self.visual.embeddings.position_embedding.num_embeddings - self.prefix_tokens
-        self.trained_grid: tuple[int, int] = (math.isqrt(patches), math.isqrt(patches))
+        side = math.isqrt(patches)
+        self.trained_grid = (side, side)
 
     @property
     def last(self) -> Any:

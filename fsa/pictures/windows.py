@@ -112,7 +112,7 @@ def merged(
     merger: WindowMerger | None = None
     for first in range(0, len(parts), window_batch):
         batch = parts[first : first + window_batch]
-        crops = torch.stack([image[(slice(None), *part.slices)] for part in batch])
+        crops = torch.stack([part.of(image) for part in batch])
         for part, maps in zip(batch, compute(crops), strict=True):
             if merger is None:
                 merger = WindowMerger(len(maps), *image.shape[-2:], device=image.device)

@@ -31,6 +31,8 @@ COUNTS = {
     "clearclip": (129, 12),
     "proxyclip": (263, 8),
     "naclip": (142, 12),
+    "segearth": (147, 16),
+    "pearl": (189, 12),
     "qk": (129, 12),
     "qq": (129, 12),
     "kk": (129, 12),
