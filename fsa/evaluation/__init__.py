@@ -12,6 +12,9 @@ so on purpose:
   unstable sort puts first; here the lowest patch index comes first, always.
 - Batches. The published ProxyCLIP takes the mean of the affinity over all windows of a batch; here
   each window is as it is when computed alone. The published runs have batches of one.
+- Patches like no other. Where nothing in a row of the proxy's affinity lies above its threshold,
+  the published ProxyCLIP divides zero by zero and labels the whole window with class 0; here the
+  patch attends to itself.
 - Padding. ProxyCLIP's and FSA's code pads a window to a multiple of 56 pixels, here to whole
   patches. Only pictures more than six times as wide as high have windows that need it.
 - ADE20K with 847 and PASCAL Context with 459 classes. Class 255 is counted here, and unlabelled
