@@ -115,8 +115,10 @@ def merged(
         crops = torch.stack([part.of(image) for part in batch])
         for part, maps in zip(batch, compute(crops), strict=True):
             if merger is None:
-                merger = WindowMerger(len(maps), *image.shape[-2:], device=image.device)
+                height, width = image.shape[-2:]
+                merger = WindowMerger(len(maps), height, width, image.device)
             merger.add(part, maps)
         if progress is not None:
             progress(min(first + window_batch, len(parts)), len(parts))
+    assert merger is not None
     return merger.mean()
