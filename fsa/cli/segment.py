@@ -98,7 +98,7 @@ def segment(
         vfm_pretrained=vfm_pretrained,
     )
     segmentor = options.with_changes(segmentor, {"beta": beta, "confidence": confidence})
-    settings = {
+    settings: dict[str, Any] = {
         "window": window,
         "stride": stride,
         "short_side": short_side,

@@ -255,8 +255,9 @@ def panel_grid(
     """
     size = max(13, panel_width // 17) if text_size is None else text_size
     font = ImageFont.load_default(size)
-    bold = ImageFont.load_default(round(size * 1.2))
-    line = round(font.size * 1.5)
+    bold_size = round(size * 1.2)
+    bold = ImageFont.load_default(bold_size)
+    line = round(size * 1.5)
     scaled = [
         [
             panel.picture.convert("RGB").resize(
@@ -269,9 +270,9 @@ def panel_grid(
     columns = max(len(row) for row in rows)
     margin = _GAP + (line if labels else 0)
     width = columns * (panel_width + _GAP) + margin
-    legend_rows = [_wrapped(legend, font.size, width - margin - _GAP) for legend in legends]
+    legend_rows = [_wrapped(legend, size, width - margin - _GAP) for legend in legends]
     heights = [max(picture.height for picture in row) for row in scaled]
-    header = (round(bold.size * 1.9) if heading else 0) + (line + 4 if titles else 0) + _GAP
+    header = (round(bold_size * 1.9) if heading else 0) + (line + 4 if titles else 0) + _GAP
     total = header
     for number, height in enumerate(heights):
         total += height + line + _GAP
@@ -283,7 +284,7 @@ def panel_grid(
     top = _GAP
     if heading:
         draw.text((margin, top), heading, font=bold, fill=_INK)
-        top += round(bold.size * 1.9)
+        top += round(bold_size * 1.9)
     for column, title in enumerate(titles):
         middle = margin + column * (panel_width + _GAP) + panel_width // 2
         draw.text((middle, top), title, font=font, fill=_INK, anchor="ma")
@@ -291,25 +292,25 @@ def panel_grid(
     for number, row in enumerate(rows):
         if number < len(labels):
             upright = Image.new("RGB", (heights[number], line), _PAPER)
-            middle = (heights[number] // 2, line // 2)
-            ImageDraw.Draw(upright).text(middle, labels[number], font=font, fill=_INK, anchor="mm")
+            centre = (heights[number] // 2, line // 2)
+            ImageDraw.Draw(upright).text(centre, labels[number], font=font, fill=_INK, anchor="mm")
             canvas.paste(upright.rotate(90, expand=True), (_GAP // 2, top))
         for column, panel in enumerate(row):
             left = margin + column * (panel_width + _GAP)
             middle = left + panel_width // 2
             canvas.paste(scaled[number][column], (middle - scaled[number][column].width // 2, top))
-            anchor = (middle, top + heights[number] + line // 2)
-            draw.text(anchor, panel.caption, font=font, fill=_INK, anchor="mm")
+            below = (middle, top + heights[number] + line // 2)
+            draw.text(below, panel.caption, font=font, fill=_INK, anchor="mm")
         top += heights[number] + line + _GAP
         if number < len(legend_rows):
             for entries in legend_rows[number]:
-                left = margin
+                x: float = margin
                 for name, name_font, colour, length in entries:
-                    box = (left, top, left + font.size, top + font.size)
+                    box = (x, top, x + size, top + size)
                     draw.rectangle(box, fill=colour, outline=_INK)
-                    anchor = (left + font.size * 1.4, top + font.size // 2)
-                    draw.text(anchor, name, font=name_font, fill=_INK, anchor="lm")
-                    left += length
+                    beside = (x + size * 1.4, top + size // 2)
+                    draw.text(beside, name, font=name_font, fill=_INK, anchor="lm")
+                    x += length
                 top += line
             top += _GAP
     return canvas

@@ -244,6 +244,8 @@ class _Run:
                     skipped[self.dataset.samples[item.index].name] = item.error
                     bar.update()
                     continue
+                assert item.image is not None
+                assert item.mask is not None
                 masks[item.index] = item.mask.to(device, non_blocking=True)
                 image = self.normalise(item.image.to(device, non_blocking=True))
                 if self.preset.pamr_steps:
@@ -254,7 +256,7 @@ class _Run:
         try:
             for index, cosines in self._cosines(images(), queries):
                 mask = masks.pop(index)
-                size = tuple(mask.shape)
+                size = (mask.shape[0], mask.shape[1])
                 if self.preset.pamr_steps:
                     cosines = self._refined(cosines, colours.pop(index), size)
                 finite[index] = cosines.isfinite().all()

@@ -8,8 +8,9 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fsa.config import ADAPTATIONS, FSAConfig
 from fsa.errors import InputError
@@ -201,7 +202,7 @@ class Swept:
             ("sweep.md", self.markdown()),
         ):
             files.append(folder / name)
-            write_whole(files[-1], lambda out, content=content: out.write(content.encode()))
+            write_whole(files[-1], partial(_write_text, content))
         if any(row.table in ("confidence", "beta") for row in self.rows):
             picture = folder / "sensitivity.png"
             if _plot(self, picture):
@@ -234,6 +235,10 @@ def can_plot() -> bool:
     except ImportError:
         return False
     return True
+
+
+def _write_text(text: str, out: BinaryIO) -> None:
+    out.write(text.encode())
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

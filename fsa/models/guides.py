@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -134,7 +135,7 @@ class _TimmVFM(VFM):
     def __init__(
         self,
         name: str,
-        model: nn.Module,
+        model: Any,
         known: _Known,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -249,7 +250,7 @@ def _create(
             "pip install -U timm"
         )
     any_size = known.fixed_size and known.side is None
-    options = {"dynamic_img_size": True} if any_size else {}
+    options: dict[str, Any] = {"dynamic_img_size": True} if any_size else {}
     fetch = pretrained is None or pretrained is True
     try:
         with hub_if_reachable() if fetch else nullcontext():
@@ -270,7 +271,7 @@ def _create(
     return model
 
 
-def _load_file(model: nn.Module, file: Path, timm_name: str) -> None:
+def _load_file(model: Any, file: Path, timm_name: str) -> None:
     if not file.is_file():
         raise ModelUnavailableError(f"vfm_pretrained={str(file)!r}: no such file")
     try:

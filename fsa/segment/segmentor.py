@@ -276,28 +276,28 @@ class Segmentor:
         names, background_index = named_background(parse_classes(classes), prob_thd, background)
         queries = self._text.encode(classes)
         what = f"windows of {sizes.window} pixels, {window_batch} at once, on {self.loaded.device}"
-        advice = "lower window_batch, window or short_side"
-        not_finite = self.loaded.naming(picture.label)
-        with torch.inference_mode(), named_out_of_memory(what, advice), not_finite:
+        memory = named_out_of_memory(what, "lower window_batch, window or short_side")
+        with torch.inference_mode(), memory, self.loaded.naming(picture.label):
             image = self.normalise(resized(picture, sizes.short_side, self.loaded.device))
             cosines = windows.merged(
                 image,
                 lambda crops: self.window_cosines(crops, queries),
-                windows.plan(*image.shape[-2:], sizes.window, sizes.stride),
+                len(queries.features),
+                windows.plan(image.shape[-2], image.shape[-1], sizes.window, sizes.stride),
                 window_batch,
                 progress,
             )
-            labels = label_map(
+            label_tensor = label_map(
                 cosines,
                 queries,
-                tuple(picture.rgb.shape[-2:]),
+                (picture.rgb.shape[-2], picture.rgb.shape[-1]),
                 prob_thd,
                 background_index,
                 scale=self.logit_scale,
             )
-            scores = class_probabilities(cosines, queries, self.logit_scale)
+            score_tensor = class_probabilities(cosines, queries, self.logit_scale)
             # Waits for the device, so that the time is the whole one.
-            labels, scores = labels.cpu().numpy(), scores.cpu().numpy()
+            labels, scores = label_tensor.cpu().numpy(), score_tensor.cpu().numpy()
             require_finite(cosines)
         settings = {
             "fsa": fsa.__version__,
@@ -411,7 +411,7 @@ class Segmentor:
             unit = features.float()
             if not self.host.compared_as_they_are:
                 unit = functional.normalize(unit, dim=-1)
-            grid = self.host.grid(*windows.shape[-2:], vfm_features)
+            grid = self.host.grid(windows.shape[-2], windows.shape[-1], vfm_features)
             return (unit @ text_features.T).transpose(1, 2).unflatten(2, grid)
 
     def encode(self, classes: Classes, *, allow_repeats: bool = False) -> TextQueries:
@@ -445,6 +445,6 @@ class Segmentor:
     def padded(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Windows padded to whole patches, in the model's type, and where they begin in that."""
         of_vfm = self.vfm.multiple if self.vfm else 1
-        multiple = tuple(math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
-        padded, corner = windows.pad_to_multiple(crops, multiple)
+        rows, columns = (math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
+        padded, corner = windows.pad_to_multiple(crops, (rows, columns))
         return padded.to(self.loaded.dtype), corner

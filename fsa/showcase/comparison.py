@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -64,7 +65,7 @@ def run(
             cannot be written.
     """
     make_room_for_png(out)
-    sizes = {"window": window, "stride": stride, "short_side": short_side}
+    sizes: dict[str, Any] = {"window": window, "stride": stride, "short_side": short_side}
     adapted = segmentor.segment(picture, classes, **sizes)
     baseline = segmentor.with_feedback(False).segment(picture, classes, **sizes)
     if patch is None:
@@ -160,7 +161,8 @@ def _largest_first(baseline: Segmentation, adapted: Segmentation) -> tuple[np.nd
     So the classes that matter get the colours that are easiest to tell apart.
     """
     count = len(adapted.class_names)
-    areas = sum(np.bincount(r.labels.ravel(), minlength=count) for r in (baseline, adapted))
+    both = np.concatenate([baseline.labels.ravel(), adapted.labels.ravel()])
+    areas = np.bincount(both, minlength=count)
     by_area = np.argsort(-areas, kind="stable")
     order = np.empty(count, dtype=np.int64)
     order[by_area] = np.arange(count)
@@ -177,8 +179,10 @@ def _crop(picture: Image.Image, seen: PatchAttentions) -> np.ndarray:
 
 
 def _scaled(box: tuple[float, ...], scale: float) -> tuple[float, float, float, float]:
-    return tuple(side * scale for side in box)
+    left, top, right, bottom = (side * scale for side in box)
+    return left, top, right, bottom
 
 
 def _triple(colour: np.ndarray) -> tuple[int, int, int]:
-    return tuple(int(c) for c in colour)
+    red, green, blue = (int(channel) for channel in colour)
+    return red, green, blue

@@ -71,8 +71,10 @@ def run(out: Path) -> str:
         titles += [title(host), f"{title(host)} + FSA"]
     legends = [
         [
-            (name, tuple(int(c) for c in colour))
-            for name, colour in zip(scene.classes, palette(len(scene.classes)), strict=True)
+            (name, (int(red), int(green), int(blue)))
+            for name, (red, green, blue) in zip(
+                scene.classes, palette(len(scene.classes)), strict=True
+            )
         ]
         for scene in scenes
     ]
