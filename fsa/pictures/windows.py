@@ -96,6 +96,7 @@ class WindowMerger:
 def merged(
     image: Tensor,
     compute: Callable[[Tensor], Iterable[Tensor]],
+    channels: int,
     parts: Sequence[Window],
     window_batch: int,
     progress: Callable[[int, int], None] | None = None,
@@ -105,20 +106,17 @@ def merged(
     Args:
         image: (3,H,W).
         compute: windows (B,3,h,w) -> the map (C,h,w) of each.
+        channels: C.
         parts: the windows, from `plan`.
         window_batch: how many are computed at once.
         progress: called with (windows done, windows in all).
     """
-    merger: WindowMerger | None = None
+    merger = WindowMerger(channels, image.shape[-2], image.shape[-1], image.device)
     for first in range(0, len(parts), window_batch):
         batch = parts[first : first + window_batch]
         crops = torch.stack([part.of(image) for part in batch])
         for part, maps in zip(batch, compute(crops), strict=True):
-            if merger is None:
-                height, width = image.shape[-2:]
-                merger = WindowMerger(len(maps), height, width, image.device)
             merger.add(part, maps)
         if progress is not None:
             progress(min(first + window_batch, len(parts)), len(parts))
-    assert merger is not None
     return merger.mean()

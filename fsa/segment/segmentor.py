@@ -276,13 +276,13 @@ class Segmentor:
         names, background_index = named_background(parse_classes(classes), prob_thd, background)
         queries = self._text.encode(classes)
         what = f"windows of {sizes.window} pixels, {window_batch} at once, on {self.loaded.device}"
-        advice = "lower window_batch, window or short_side"
-        not_finite = self.loaded.naming(picture.label)
-        with torch.inference_mode(), named_out_of_memory(what, advice), not_finite:
+        memory = named_out_of_memory(what, "lower window_batch, window or short_side")
+        with torch.inference_mode(), memory, self.loaded.naming(picture.label):
             image = self.normalise(resized(picture, sizes.short_side, self.loaded.device))
             cosines = windows.merged(
                 image,
                 lambda crops: self.window_cosines(crops, queries),
+                len(queries.features),
                 windows.plan(image.shape[-2], image.shape[-1], sizes.window, sizes.stride),
                 window_batch,
                 progress,
