@@ -13,6 +13,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import fsa
+from fsa.config import logit_scale_factor
 from fsa.errors import InputError, NotFiniteError, named_out_of_memory
 from fsa.evaluation import fingerprint, locking, processes, state
 from fsa.evaluation.batching import merged_cosines, whole_cosines
@@ -309,7 +310,8 @@ class _Run:
             size,
             self.preset.prob_thd,
             self.protocol.background if self.preset.prob_thd > 0 else None,
-            scale=self.preset.logit_scale,
+            # Of a model trained with a sigmoid, whose cosines are of another temperature.
+            scale=self.preset.logit_scale * logit_scale_factor(self.segmentor.loaded.temperature),
             area_thd=self.preset.area_thd,
         )
 
