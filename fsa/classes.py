@@ -28,7 +28,8 @@ _NOT_IN_NAMES = ("Cc", "Cs")
 
 
 def parse_classes(classes: Classes, *, allow_repeats: bool = False) -> tuple[tuple[str, ...], ...]:
-    """Checks a list of classes, each a name or a list of synonyms; white space is made single.
+    """Checks a list of classes, each a name or a list of synonyms, and collapses runs of white
+    space.
 
     Args:
         classes: the list.

@@ -23,11 +23,12 @@ class FSAWarning(UserWarning):
 
 
 class ModelUnavailableError(FSAError, RuntimeError):
-    """Weights that cannot be had: a missing file, or a hub out of reach."""
+    """Weights that are not available: a file is missing, or the hub cannot be reached."""
 
 
 class OutOfMemoryError(FSAError, MemoryError):
-    """Sizes that do not fit into memory; what was taken on the way is free again."""
+    """Sizes that do not fit into memory. Everything allocated for the failed call has been
+    freed."""
 
 
 @contextmanager

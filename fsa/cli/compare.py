@@ -32,7 +32,7 @@ def compare(
         "fsa-compare.png"
     ),
 ) -> None:
-    """Show what FSA changes in a picture, and for one of its patches.
+    """Show how FSA changes the labels of a picture and the attention of one of its patches.
 
     One PNG: the labels without and with FSA, and below them what the patch attends to before, which
     patches feedback keeps for it, and what it attends to after.

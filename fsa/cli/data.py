@@ -10,7 +10,7 @@ import typer
 
 from fsa.cli import options
 
-app = typer.Typer(no_args_is_help=True, help="Benchmarks on disk: what is missing, conversion.")
+app = typer.Typer(no_args_is_help=True, help="Check benchmarks on disk, and convert their masks.")
 
 
 @app.command("list")
@@ -37,7 +37,7 @@ def check(
     root: Annotated[Path, typer.Argument(help="Folder that holds it.")],
     ignore: options.Ignore = None,
 ) -> None:
-    """Say in words what is missing before a dataset can be evaluated."""
+    """Say what is missing before a dataset can be evaluated."""
     from fsa.evaluation import datasets
 
     problems = datasets.check(name, root, ignore=ignore or ())
@@ -60,7 +60,7 @@ def convert(
         int | None, typer.Option(help="Processes; default as many as there are cores.")
     ] = None,
 ) -> None:
-    """Renumber a benchmark's validation masks as it counts them."""
+    """Convert a benchmark's validation masks to the numbers that its evaluation uses."""
     from tqdm import tqdm
 
     from fsa.evaluation import convert

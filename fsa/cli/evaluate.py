@@ -156,13 +156,13 @@ def evaluate(
         Path | None, typer.Option(help="Folder of the results; default one under fsa-eval/.")
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Throw away what was counted before.")
+        bool, typer.Option("--restart", help="Start over; discard what an earlier run counted.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but the mIoU.")] = False,
 ) -> None:
     """Measure mIoU on a benchmark or a folder of pictures with masks.
 
-    Killed and started again with the same command it goes on where it was. Under torchrun the
+    If the command is killed, start it again: it continues where it stopped. Under torchrun the
     pictures are shared out: torchrun --nproc-per-node 8 -m fsa eval ...
     """
     if list_cells:

@@ -53,7 +53,7 @@ Classes = Annotated[
     ),
 ]
 ClassesFile = Annotated[
-    Path | None, typer.Option(help="Class names from a text file instead, one class a line.")
+    Path | None, typer.Option(help="A text file of class names, one class a line.")
 ]
 _HOST = typer.Option(
     # The names themselves would be a line wider than a terminal.
@@ -114,7 +114,7 @@ Dtype = Annotated[
     typer.Option(help="float32, float16 or bfloat16; default float16 on a GPU, else float32."),
 ]
 Backend = Annotated[
-    BackendName, typer.Option(help='What runs FSA; "fsa info" says what auto takes here.')
+    BackendName, typer.Option(help='What computes FSA; "fsa info" says what auto chooses.')
 ]
 
 

@@ -156,7 +156,8 @@ def open_dataset(
 
 
 def check(name: str, root: Path, *, ignore: Sequence[int] = ()) -> list[str]:
-    """What is missing before a dataset can be evaluated, in words; empty when nothing is.
+    """What is missing before a dataset can be evaluated, one sentence each; an empty list if
+    nothing is.
 
     Every file is looked for, and the first masks are read.
     """

@@ -23,7 +23,8 @@ def confusion(labels: np.ndarray, mask: np.ndarray, count: int) -> np.ndarray:
 
 
 def iou(confusion_matrix: np.ndarray) -> np.ndarray:
-    """Intersection over union of each class; NaN for one in neither labels nor mask."""
+    """Intersection over union of each class; NaN for a class that occurs neither in the labels nor
+    in the mask."""
     intersection = np.diag(confusion_matrix).astype(np.float64)
     union = confusion_matrix.sum(axis=0) + confusion_matrix.sum(axis=1) - intersection
     return np.divide(intersection, union, out=np.full(len(union), np.nan), where=union > 0)

@@ -118,7 +118,7 @@ class Host(nn.Module, ABC):
             text_features: (C,E) of unit length; used by the feedback only.
             vfm_features: (B,F,gh,gw) of another vision model; for ProxyCLIP, and only there.
             tokens: (B,1+N,D), `tower.trunk(images)` where it was run already; None runs it.
-            config: how feedback is computed, or None for the host alone.
+            config: how feedback is computed; None runs the host without feedback.
 
         Returns:
             (B, gh * gw, E), not normalised, row by row of `grid`.
@@ -161,7 +161,8 @@ class Host(nn.Module, ABC):
         return features
 
     def tail(self, tokens: Tensor, heads: Tensor) -> Tensor:
-        """From what the heads gathered to features in the shared space; see `adapted_heads`."""
+        """The rest of the last block: from A V (B,H,N,d) to features (B,N,E) in the space shared
+        with text."""
         branch = self.tower.attention_branch(heads)
         if self.residual:
             branch = self.tower.residual_branches(tokens[:, self.tower.prefix_tokens :], branch)

@@ -1,4 +1,4 @@
-"""A user's function as the host: feedback for methods that are not hosts here."""
+"""Hosts whose attention is a function that the user writes."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ class ValueValue(SelfAttentionHost):
 
 
 class MaskCLIP(Host):
-    """MaskCLIP (Zhou et al., ECCV 2022): each patch attends to itself alone.
+    """MaskCLIP (Zhou et al., ECCV 2022): each patch attends only to itself.
 
     Published with residual and feed-forward network; `residual=False` is the variant without
     (the paper's Table S10).

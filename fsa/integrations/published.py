@@ -37,12 +37,11 @@ def plug_in(
     That is the code of the tower. The published repositories pin torch 1.13.1 and timm 0.4.12, and
     this library needs torch 2.6: bring them to a newer PyTorch first.
 
-    The tower's `custom_attn` is overlaid on this one object, by one that computes the same
-    attention, feeds the class predictions back, and returns what the tower goes on with: in the
-    shape of the original, (L,B,D). The class token's row, where there is one, stays what the tower
-    makes of it. Calls for another block than the last, or for the attention itself
-    (`return_attn`, `with_attn`), go to the original. Plugging in again replaces the text features
-    and the configuration.
+    On this one object, `custom_attn` is replaced by a function that computes the same attention,
+    feeds the class predictions back, and returns a result of the original shape (L,B,D). The class
+    token's row, where there is one, stays what the tower makes of it. Calls for another block than
+    the last, or for the attention itself (`return_attn`, `with_attn`), go to the original. Plugging
+    in again replaces the text features and the configuration.
 
     Feedback has no backward pass. Gradients do not flow through the last block of a plugged-in
     tower; a call that asks for them is warned of, and so is a forward pass of the tower that never
@@ -113,7 +112,7 @@ def plug_in(
 
 
 def unplug(visual: nn.Module) -> None:
-    """Makes a tower what it was before `plug_in`.
+    """Removes feedback from a tower: undoes `plug_in`.
 
     Raises:
         InputError: a tower that is not plugged in.

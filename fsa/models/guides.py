@@ -208,7 +208,7 @@ class _LayerVFM(VFM):
 
 
 class _CallableVFM(VFM):
-    """A user's function."""
+    """A function that the user passes as `vfm`."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self.name = getattr(function, "__name__", type(function).__name__)

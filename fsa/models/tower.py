@@ -157,7 +157,7 @@ class Tower(nn.Module):
         return {name: heads[_ATTENTION_INPUTS.index(name) - first] for name in names}
 
     def attention_branch(self, heads: Tensor) -> Tensor:
-        """The output projection: what the heads gathered (B,H,N,d) -> (B,N,D)."""
+        """Applies the output projection to A V (B,H,N,d): (B,N,D)."""
         return self.last.ls_1(self.last.attn.out_proj(heads.transpose(1, 2).flatten(2)))
 
     def residual_branches(self, tokens: Tensor, branch: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class Tower(nn.Module):
         return tokens + self.last.ls_2(self.last.mlp(self.last.ln_2(tokens)))
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Into the space shared with text: (B,N,D) -> (B,N,E), not normalised."""
+        """Projects tokens (B,N,D) into the space shared with text: (B,N,E), not normalised."""
         return self.visual.ln_post(tokens) @ self.visual.proj
 
     def _require_layer(self, layer: int) -> None:

@@ -33,7 +33,7 @@ def explain(
     dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Explanation:
-    """Which backend would run, and why, for a tensor or for a device and a type.
+    """Says which backend would run for a tensor, or for a device and a dtype, and why.
 
     Args:
         tensor: any input of the ops; gives device and type.

@@ -51,18 +51,19 @@ def feedback_attention(
         uniform_logits: (B,1,C) or (B,N,C), already scaled (35 x cosine): the logits when every
             patch attends to all equally, subtracted for attention isolation (section 4.1). None,
             or `config.isolation=False`, subtracts nothing.
-        text_features: (C,E) of unit length. With it, the first two are no logits but features in
-            the space shared with text, of any length, with E in the place of C: their cosines
-            with the texts are taken in float32 and scaled by the configuration, in the launch
-            that goes on with them.
+        text_features: (C,E) of unit length. If given, `patch_logits` and `uniform_logits` hold
+            features in the space shared with text, of any length, with E instead of C as their last
+            size. Their cosines with the texts are computed in float32, and scaled by `logit_scale`
+            and `uniform_logit_scale` of the configuration.
         config: default `FSAConfig()`.
         dtype: of the result; default that of `patch_logits`.
         backend: "auto", "triton" or "torch"; `fsa.explain` says what "auto" takes.
 
     Returns:
-        A_f (B,N,N), computed in float32 (float64 for float64 inputs). Rows sum to 1; equal
-        similarities are kept lowest patch index first; every image of the batch stands alone. By
-        the kernels its rows are not contiguous: they lie where the similarities lay.
+        A_f (B,N,N), computed in float32 (float64 for float64 inputs). Rows sum to 1;
+        similarities that are computed equal are kept lowest patch index first; every image of a batch has the result that
+        it has by itself. From the Triton kernels, the rows of a half-precision result are not
+        contiguous: each lies in the memory of its similarities.
 
     Raises:
         InputError: wrong ranks, shapes, types, devices, backend; an input that requires grad
@@ -141,11 +142,12 @@ def feedback_step(
         patch_logits, uniform_logits, text_features: as `feedback_attention` takes them; their type
             may be another than that of `value`.
         attention, attended: as `adapt` takes them.
-        step: what has gathered all that is needed of `attention` and `attended`, which are not
-            looked at then.
+        step: an `AttentionStep`, which stands for `attention` and `attended`; these two are then
+            ignored.
         config: default `FSAConfig()`.
         backend: "auto", "triton" or "torch".
-        stream: True never keeps A_f, False always does; None goes by its size.
+        stream: True computes A_f in blocks that are not kept, False keeps all of A_f; None chooses
+            by size.
 
     Returns:
         (B,H,N,d) in the type of `value`.

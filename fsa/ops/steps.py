@@ -70,7 +70,8 @@ class ProxyAttention:
         return library.proxy_apply(*self._state, value, add, self.gain, self.backend)
 
     def gather(self, value: Tensor, config: FSAConfig) -> tuple[Tensor, Tensor]:
-        """The attention applied to values V (B,N,D), and what a feedback step goes on with.
+        """Applies the attention to V (B,N,D), and prepares the columns that a feedback step
+        multiplies with A_f.
 
         Returns:
             A V, and after its last row the mean of V, (B,N+1,D); and columns (B,N,D) or (B,N,2D):
@@ -149,7 +150,8 @@ class AttentionStep:
 
 
 class ProxyStep(AttentionStep):
-    """The same of ProxyCLIP's, whose applications lay out the columns and add the terms themselves.
+    """An `AttentionStep` for ProxyCLIP's attention, whose kernels lay out the columns and add the
+    terms without further launches.
 
     Args:
         attention: of the images.

@@ -28,7 +28,7 @@ class Segmentation:
             `class_names`.
         scores: (C,h,w) float32, probabilities of the classes asked for, at the working size.
         class_names: the first name of each class; a background that was added comes last.
-        settings: everything needed to do it again.
+        settings: every setting that is needed to repeat the run.
         picture: what was segmented.
     """
 

@@ -164,7 +164,8 @@ class Segmentor:
         vfm_pretrained: bool | str | None = None,
         cache_dir: str | None = None,
     ) -> Segmentor:
-        """The same CLIP model under another host; feedback=True stays the published one there.
+        """A segmentor with the same CLIP model and another host. If feedback was True, the new host
+        gets its own published configuration.
 
         Args:
             host: as in `load_segmentor`.
@@ -262,7 +263,7 @@ class Segmentor:
             background: what they become: a class by number or by any of its names, or another
                 name, which is added as a last class; default a class "background" if there is
                 one, else added.
-            window_batch: how many windows are computed at once; no influence on the result.
+            window_batch: how many windows are computed at once; it does not change the result.
             progress: called with (windows done, windows in all).
 
         Raises:
