@@ -60,10 +60,10 @@ def feedback_attention(
         backend: "auto", "triton" or "torch"; `fsa.explain` says what "auto" takes.
 
     Returns:
-        A_f (B,N,N), computed in float32 (float64 for float64 inputs). Rows sum to 1;
-        similarities that are computed equal are kept lowest patch index first; every image of a batch has the result that
-        it has by itself. From the Triton kernels, the rows of a half-precision result are not
-        contiguous: each lies in the memory of its similarities.
+        A_f (B,N,N), computed in float32 (float64 for float64 inputs). Rows sum to 1. Similarities
+        that are computed equal are kept lowest patch index first. Every image of a batch has the
+        result that it has by itself. From the Triton kernels, the rows of a half-precision result
+        are not contiguous: each lies in the memory of its similarities.
 
     Raises:
         InputError: wrong ranks, shapes, types, devices, backend; an input that requires grad
