@@ -21,7 +21,8 @@ from fsa.config import SEGMENTATION_SCALE, FSAConfig, logit_scale_factor
 from fsa.errors import InputError, NotFiniteError, named_out_of_memory
 from fsa.models.guides import LAYER, VFM
 from fsa.models.loading import TINY, LoadedModel, load_model
-from fsa.models.text import TextEncoder, TextQueries
+from fsa.models.text import Progress, TextEncoder, TextQueries
+from fsa.models.text_cache import user_text_cache
 from fsa.models.transformers import from_transformers
 from fsa.ops.checks import autocast_off
 from fsa.pictures import windows
@@ -29,12 +30,7 @@ from fsa.pictures.reading import Picture, read_image
 from fsa.segment.assembly import check_vfm, host_name, host_with_vfm, resolve_feedback
 from fsa.segment.graphs import GraphCache
 from fsa.segment.inspection import PatchAttentions, WindowAttentions, window_attentions
-from fsa.segment.labels import (
-    class_probabilities,
-    label_map,
-    named_background,
-    require_finite,
-)
+from fsa.segment.labels import class_probabilities, label_map, named_background, require_finite
 from fsa.segment.result import Segmentation
 from fsa.segment.sizes import LARGEST_SIDE, PAPER_SIZES, TINY_SIZES, Sizes
 
@@ -55,6 +51,7 @@ def load_segmentor(
     vfm_pretrained: bool | str | None = None,
     processor: Any = None,
     cuda_graph: bool = False,
+    cache_text: bool = True,
 ) -> Segmentor:
     """A segmentor for any class names.
 
@@ -80,6 +77,8 @@ def load_segmentor(
         processor: of a model of transformers: its `CLIPProcessor` or `SiglipProcessor`.
         cuda_graph: on a GPU, captures the forward once for each shape of a batch of windows and
             number of queries, and replays it; at most 8 graphs are kept.
+        cache_text: keeps the text features of class names on the disk for the next process, in
+            `fsa.models.text_cache.cache_folder`.
 
     Raises:
         InputError: an argument that is not accepted.
@@ -111,7 +110,7 @@ def load_segmentor(
     )
     # Raises here, before any picture, where the backend cannot run.
     fsa.explain(device=loaded.device, dtype=loaded.dtype, backend=backend)
-    text = TextEncoder(loaded)
+    text = TextEncoder(loaded, user_text_cache() if cache_text else None)
     return Segmentor(host_name(host), built, loaded, text, guide, feedback, cuda_graph=cuda_graph)
 
 
@@ -253,7 +252,8 @@ class Segmentor:
         prob_thd: float = 0.0,
         background: str | int | None = None,
         window_batch: int = 8,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
+        text_progress: Progress | None = None,
     ) -> Segmentation:
         """Labels every pixel of a picture with one of the classes.
 
@@ -271,6 +271,7 @@ class Segmentor:
                 one, else added.
             window_batch: how many windows are computed at once; no influence on the result.
             progress: called with (windows done, windows in all).
+            text_progress: called with (texts done, texts in all), as by `TextEncoder.encode`.
 
         Raises:
             InputError: a picture or an argument that is not accepted.
@@ -281,7 +282,7 @@ class Segmentor:
         integer_within("window_batch", window_batch, 1)
         picture = read_image(image)
         names, background_index = named_background(parse_classes(classes), prob_thd, background)
-        queries = self._text.encode(classes)
+        queries = self._text.encode(classes, progress=text_progress)
         what = f"windows of {sizes.window} pixels, {window_batch} at once, on {self.loaded.device}"
         advice = "lower window_batch, window or short_side"
         not_finite = self._naming(picture.label)
@@ -394,7 +395,7 @@ class Segmentor:
         queries: TextQueries,
         sizes: Sizes,
         window_batch: int,
-        progress: Callable[[int, int], None] | None,
+        progress: Progress | None,
     ) -> Tensor:
         """Cosines (Q,h,w) at the working size, averaged over the windows."""
         image = self._working_image(picture, sizes.short_side)
