@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -296,11 +297,10 @@ class Segmentor:
                 background_index,
                 scale=self.logit_scale,
             )
-            scores = class_probabilities(cosines, queries, self.logit_scale)
             # Waits for the device, so that the time is the whole one.
             labels = labels.cpu().numpy()
             require_finite(cosines)
-            scores = scores.cpu().numpy()
+            compute_scores = partial(class_probabilities, cosines.cpu(), queries, self.logit_scale)
         settings = {
             "fsa": fsa.__version__,
             "torch": torch.__version__,
@@ -316,7 +316,7 @@ class Segmentor:
         }
         return Segmentation(
             labels=labels,
-            scores=scores,
+            compute_scores=compute_scores,
             class_names=list(names),
             settings=settings,
             picture=picture,
