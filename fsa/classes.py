@@ -109,7 +109,7 @@ def _parted(text: str, mark: str) -> list[str]:
 
 
 def _names_in(entry: str) -> list[str]:
-    return [re.sub(r"\\([,;\\])", r"\1", name) for name in _parted(entry, ",")]
+    return [re.sub(r"\\([,;\\])", r"\1", name).strip() for name in _parted(entry, ",")]
 
 
 def read_class_file(file: str | os.PathLike[str]) -> list[list[str]]:

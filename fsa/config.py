@@ -16,7 +16,7 @@ Precision = Literal["exact", "fast"]
 
 SIMILARITIES = ("kl", "cosine")
 PRUNINGS = ("confidence", "ratio", "threshold", None)
-ADAPTATIONS = ("after", "before", "only")
+ADAPTATIONS: tuple[Adaptation, ...] = ("after", "before", "only")
 PRECISIONS = ("exact", "fast")
 
 PROBABILITY_FLOOR = 1e-10

@@ -10,6 +10,7 @@ Segmentation", ICCV 2025. Shapes: B images, N patches, C text queries, H heads o
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -104,7 +105,7 @@ def adapt(
         "before": lambda: attention @ feedback,
         "only": lambda: feedback,
     }
-    ensemble = sum(adapted_attention[name]() for name in config.adaptations)
+    ensemble = reduce(torch.add, [adapted_attention[name]() for name in config.adaptations])
     return ensemble @ value / len(config.adaptations)
 
 

@@ -14,6 +14,7 @@ A patch with logits that are not finite gets a row of NaN; no other row keeps it
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def feedback_attention(
     text_features: Tensor | None = None,
     *,
     dtype: torch.dtype,
-    **options: object,
+    **options: Any,
 ) -> Tensor:
     """A_f (B,N,N), with `launch.result_strides`.
 
@@ -60,7 +61,7 @@ def apply_feedback(
     uniform: Tensor | None,
     text_features: Tensor | None,
     columns: Tensor,
-    **options: object,
+    **options: Any,
 ) -> Tensor:
     """A_f times columns (B,N,K), by blocks of rows; no N x N matrix is kept.
 
@@ -111,7 +112,7 @@ class Feedback:
         patches: Tensor,
         uniform: Tensor | None,
         text_features: Tensor | None,
-        **options: object,
+        **options: Any,
     ) -> None:
         self.options = _Options(**options)
         cosine = self.options.similarity == "cosine"

@@ -11,10 +11,12 @@ Halves: x = high + low with high = half(x), low = half(x - high) keeps 22 bits, 
 low + low high is as exact as float32 at the rate of half precision. P is scaled by 1024 to keep its
 low half out of the subnormal numbers.
 
-Centre: KL does not change when one row m is taken from all of l, and any m will do. The mean of l
-over two patches makes L small; every program computes it again, because a pass over the whole image
-would be a launch that all programs wait for. Sixteen samples, or all patches, make the result no
-more exact. A sample that is not finite leaves the mean to the other one; without either m is 0.
+Centre: KL does not change when one row m is taken from all of l, and any m will do. Best is the one
+that makes the terms P_i . L_j small where P_i is large: m_c = sum_s P_sc l_sc / (sum_s P_sc + 0.01)
+over two samples s of the image. Every program computes it again, because a pass over the whole
+image would be a launch that all programs wait for. What the samples do not predict keeps m near 0,
+which is right for classes that others are nearly certain of: there l is near 0 itself. (The plain
+mean would leave numbers near 20 to cancel.) A sample that is not finite counts nothing.
 
 A patch with logits that are not finite has h = NaN and a row of zeros in P.
 """
@@ -33,6 +35,8 @@ from fsa_kernels import launch, runtime
 # P is scaled by this; the similarity product undoes it. `predict` scales its texts, too.
 SCALE: tl.constexpr = tl.constexpr(1024.0)
 FLOOR: tl.constexpr = tl.constexpr(1e-10)
+# What the samples' probabilities of a class are weighed against in its centre.
+NO_PREDICTION: tl.constexpr = tl.constexpr(0.01)
 
 
 @triton.jit
@@ -107,7 +111,7 @@ def write_operands(
         z_row, u_row: (ROWS,) pointers to the first logit, and uniform logit, of each row.
         out_row: (ROWS,) which row of the operands each row is written to, int64.
         is_patch: (ROWS,) the rows that are written.
-        is_sample: (ROWS,) the rows that the centre is the mean of.
+        is_sample: (ROWS,) the rows that the centre is taken from.
         WHOLE: all padded classes are one chunk.
     """
     known = (is_patch | is_sample)[:, None]
@@ -146,7 +150,6 @@ def write_operands(
         inverse = inverse / tl.maximum(tl.sqrt(squares), 1e-12)
 
     counts = is_sample & intact
-    samples = tl.maximum(tl.sum(counts.to(tl.float32), axis=0), 1.0)
     h = tl.zeros((ROWS,), tl.float32)
     for start in range(0, BLOCK_C if WHOLE else padded_C, BLOCK_C):
         c = start + chunk
@@ -158,7 +161,9 @@ def write_operands(
         right = p
         if not COSINE:
             log_p = tl.log(p + FLOOR)
-            centre = tl.sum(tl.where(counts[:, None], log_p, 0.0), axis=0) / samples
+            of_samples = tl.sum(tl.where(counts[:, None], p, 0.0), axis=0)
+            centre = tl.sum(tl.where(counts[:, None], p * log_p, 0.0), axis=0)
+            centre = centre / (of_samples + NO_PREDICTION)
             right = log_p - centre[None, :]
             h += tl.sum(p * right, axis=1)
         written = is_patch[:, None] & (c < padded_C)[None, :]

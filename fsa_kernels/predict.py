@@ -230,7 +230,7 @@ def predict(
     uniform = features if uniform_features is None else uniform_features
     uniform_row = uniform_features is not None and uniform.shape[1] == 1
     uniform_tile = uniform_features is not None and uniform.shape[1] > 1
-    plan = launch.predict(C, uniform_row)
+    plan = launch.predict(C, uniform_row, features.dtype)
     programs = B * plan.blocks(PATCHES=N)
     rows = plan.constants["ROWS"] * (2 if uniform_tile else 1)
     logits = torch.empty((programs, rows, padded_C), dtype=torch.float32, device=features.device)

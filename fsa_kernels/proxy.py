@@ -312,12 +312,23 @@ def gather(
         As `fsa_kernels.columns.gather`.
     """
     if runtime.interpreting() and value.dtype == torch.bfloat16:
-        wide = gather(state, value.float(), gain=gain, scale=scale, **terms)
-        return tuple(tensor.to(value.dtype) for tensor in wide)
+        gathered, columns = gather(state, value.float(), gain=gain, scale=scale, **terms)
+        return gathered.to(value.dtype), columns.to(value.dtype)
     B, N, D = value.shape
     gathered, columns = (value.new_empty(shape) for shape in launch.gather_shapes(B, N, D, **terms))
     for first, weights, masses in _blocks(state, value, gain):
-        _apply(first, weights, masses, value, gathered, columns=columns, scale=scale, **terms)
+        _apply(
+            first,
+            weights,
+            masses,
+            value,
+            gathered,
+            columns=columns,
+            scale=scale,
+            after=terms["after"],
+            before=terms["before"],
+            only=terms["only"],
+        )
     return gathered, columns
 
 

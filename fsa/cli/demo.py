@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fsa.cli.terminal import shown
+
 
 def demo(
     out: Annotated[Path, typer.Option(help="The picture that is written.")] = Path("fsa-demo.png"),
@@ -17,4 +19,4 @@ def demo(
     """
     from fsa.showcase.demonstration import run
 
-    run(out)
+    typer.echo(shown(run(out)))

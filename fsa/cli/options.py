@@ -56,7 +56,10 @@ ClassesFile = Annotated[
     Path | None, typer.Option(help="Class names from a text file instead, one class a line.")
 ]
 _HOST = typer.Option(
-    help=f"The method that segments, to which FSA is added; default {DEFAULT_HOST.value}."
+    # The names themselves would be a line wider than a terminal.
+    metavar="<name>",
+    help="The method that segments, to which FSA is added: "
+    f"{', '.join(host.value for host in HostName)}; default {DEFAULT_HOST.value}.",
 )
 _MODEL = typer.Option(help='"tiny" (embedded, the default), or an open_clip name such as ViT-B-16.')
 Host = Annotated[HostName, _HOST]
@@ -72,8 +75,8 @@ Pretrained = Annotated[
 Vfm = Annotated[
     str | None,
     typer.Option(
-        help="The model that guides proxyclip: dino, dinov2, dinov3, sam, mae, or layer or "
-        "layer:K for a layer of CLIP itself; default dino, with tiny layer."
+        help="The model that guides proxyclip: dino, dinov2, dinov3, sam, mae, pe-spatial, "
+        "c-radio, or layer or layer:K for a layer of CLIP itself; default dino, with tiny layer."
     ),
 ]
 VfmPretrained = Annotated[

@@ -100,7 +100,7 @@ def segment(
         cache_text=cache,
     )
     segmentor = options.with_changes(segmentor, {"beta": beta, "confidence": confidence})
-    settings = {
+    settings: dict[str, Any] = {
         "window": window,
         "stride": stride,
         "short_side": short_side,

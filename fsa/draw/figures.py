@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fsa.draw.colours import heat_colours, palette
+from fsa.arguments import number_within
+from fsa.draw.colours import colours_of_classes, heat_colours, palette
 from fsa.draw.lettering import Font, fonts, percent, written
-from fsa.errors import InputError
 
 _HATCH = 6
 _INK = (25, 25, 25)
@@ -19,19 +19,31 @@ _GAP = 10
 # Pixels painted at once: the working arrays stay near 50 MB whatever the picture's size.
 _STRIP_PIXELS = 1 << 21
 _BORDER_LIGHT = 0.35
+# Lines and letters grow with the picture: a line of a pixel for each of these, and the letters.
+_PIXELS_OF_LINE = 640
+_LINES_OF_TEXT = 22
+_SMALLEST_TEXT = 12
 # Lower pictures get a canvas of this height, or the legend would run far to their right.
 _LEGEND_HEIGHT = 360
 _TALLEST_PANEL = 4
 
 
-def paint(rgb: np.ndarray, labels: np.ndarray, count: int, alpha: float = 0.6) -> np.ndarray:
-    """A picture in grey tinted by its labels, with thin lines between regions.
+def paint(
+    rgb: np.ndarray,
+    labels: np.ndarray,
+    count: int,
+    alpha: float = 0.6,
+    *,
+    colours: np.ndarray | None = None,
+) -> np.ndarray:
+    """A picture in grey tinted by its labels, with lines between regions that grow with it.
 
     Args:
         rgb: (H,W,3) uint8.
         labels: (H,W) integers; those outside of 0 to count - 1 are left untinted.
         count: number of classes.
         alpha: how much of the colour, in [0, 1].
+        colours: of the classes, (count,3) uint8; default `palette(count)`.
 
     Returns:
         (H,W,3) uint8.
@@ -39,14 +51,15 @@ def paint(rgb: np.ndarray, labels: np.ndarray, count: int, alpha: float = 0.6) -
     Raises:
         InputError: alpha is no number from 0 to 1.
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-        raise InputError(f"alpha={alpha!r} must be a number from 0 to 1")
+    alpha = number_within("alpha", alpha, 0, 1)
+    colours = palette(count) if colours is None else colours
     # The last row is black and weighs nothing: the label of what is left untinted.
-    colours = np.vstack([palette(count), np.zeros((1, 3), np.uint8)]).astype(np.float32) * alpha
+    tints = np.vstack([colours, np.zeros((1, 3), np.uint8)]).astype(np.float32) * alpha
     remaining = np.full((count + 1, 1), 1 - alpha, np.float32)
     remaining[count] = 1
     painted = np.empty_like(rgb)
     height, width = labels.shape
+    line = max(1, round(min(height, width) / _PIXELS_OF_LINE))
     rows = max(1, _STRIP_PIXELS // width)
     for top in range(0, height, rows):
         strip = slice(top, min(top + rows, height))
@@ -55,11 +68,12 @@ def paint(rgb: np.ndarray, labels: np.ndarray, count: int, alpha: float = 0.6) -
         # In grey: colours of the picture would make others of those of the classes.
         grey = rgb[strip].mean(axis=-1, keepdims=True, dtype=np.float32)
         base = np.where((index < count)[..., None], grey, rgb[strip])
-        tinted = base * remaining[index] + colours[index]
+        tinted = base * remaining[index] + tints[index]
         border = np.zeros(inside.shape, dtype=bool)
-        border[:, 1:] = inside[:, 1:] != inside[:, :-1]
-        above = labels[max(top - 1, 0) : strip.stop - 1]
-        border[len(inside) - len(above) :] |= inside[len(inside) - len(above) :] != above
+        for step in range(1, line + 1):
+            border[:, step:] |= inside[:, step:] != inside[:, :-step]
+            above = labels[max(top - step, 0) : max(strip.stop - step, 0)]
+            border[len(inside) - len(above) :] |= inside[len(inside) - len(above) :] != above
         tinted[border] *= _BORDER_LIGHT
         painted[strip] = tinted.round()
     return painted
@@ -78,12 +92,14 @@ def overlay(
     Args:
         rgb, labels, alpha: as `paint` takes them.
         names: of the classes.
-        legend: False leaves the tinted picture alone.
+        legend: False returns the tinted picture without it.
 
     Raises:
         InputError: as `paint`.
     """
-    painted = Image.fromarray(paint(rgb, labels, len(names), alpha))
+    areas = np.bincount(labels[labels >= 0].ravel(), minlength=len(names))[: len(names)]
+    colours = colours_of_classes(areas)
+    painted = Image.fromarray(paint(rgb, labels, len(names), alpha, colours=colours))
     return beside_legend(painted, labels, names) if legend else painted
 
 
@@ -94,17 +110,17 @@ def beside_legend(picture: Image.Image, labels: np.ndarray, names: Sequence[str]
     in the labels, followed by what can be written of it.
     """
     counts = np.bincount(labels[labels >= 0].ravel(), minlength=len(names))[: len(names)]
-    size = int(np.clip(min(picture.size) / 22, 12, 40))
-    row = round(size * 1.5)
-    colours = palette(len(names)).tolist()
+    size = max(_SMALLEST_TEXT, round(min(picture.size) / _LINES_OF_TEXT))
+    row, gap = round(size * 1.5), max(_GAP, size // 4)
+    colours = colours_of_classes(counts).tolist()
     lines = [
         _Line(*written(names[i], f"class {i}", size), percent(counts[i] / labels.size), colours[i])
         for i in np.argsort(-counts, kind="stable")
         if counts[i] > 0
     ]
-    per_column = max(1, (max(picture.height, _LEGEND_HEIGHT) - 2 * _GAP) // row)
+    per_column = max(1, (max(picture.height, _LEGEND_HEIGHT) - 2 * gap) // row)
     columns = [lines[start : start + per_column] for start in range(0, len(lines), per_column)]
-    height = max(picture.height, min(len(lines), per_column) * row + 2 * _GAP)
+    height = max(picture.height, min(len(lines), per_column) * row + 2 * gap)
     share_font = fonts(size)[0]
     share_width = max((share_font.getlength(line.share) for line in lines), default=0)
     # From a square's left to its share's right: square, widest name, gap, widest share.
@@ -113,17 +129,17 @@ def beside_legend(picture: Image.Image, labels: np.ndarray, names: Sequence[str]
         for column in columns
     ]
 
-    width = picture.width + (sum(widths) + len(widths) * row + _GAP if columns else 0)
+    width = picture.width + (sum(widths) + len(widths) * row + gap if columns else 0)
     canvas = Image.new("RGB", (width, height), _PAPER)
     canvas.paste(picture)
     draw = ImageDraw.Draw(canvas)
-    left = picture.width + _GAP
+    left = picture.width + gap
     for column, column_width in zip(columns, widths, strict=True):
         for position, line in enumerate(column):
-            top = _GAP + position * row
+            top = gap + position * row
             middle = top + size // 2
             box = (left, top, left + size, top + size)
-            draw.rectangle(box, fill=tuple(line.colour), outline=_INK)
+            draw.rectangle(box, fill=tuple(line.colour), outline=_INK, width=max(1, size // 20))
             # Two texts: in one, a name that is written from right to left swaps places with it.
             draw.text((left + row, middle), line.name, font=line.font, fill=_INK, anchor="lm")
             right = (left + column_width, middle)
@@ -222,6 +238,7 @@ def panel_grid(
     *,
     heading: str = "",
     panel_width: int = 260,
+    text_size: int | None = None,
     legends: Sequence[Sequence[tuple[str, tuple[int, int, int]]]] = (),
     labels: Sequence[str] = (),
 ) -> Image.Image:
@@ -232,12 +249,15 @@ def panel_grid(
         titles: over the columns.
         heading: over all.
         panel_width: of every picture, in pixels.
+        text_size: of the captions, in pixels; default a seventeenth of `panel_width`.
         legends: for each row, names and colours written under it; of classes, `legible` names.
         labels: for each row, what it is, written upwards to its left.
     """
-    font = ImageFont.load_default(max(13, panel_width // 17))
-    bold = ImageFont.load_default(max(15, panel_width // 14))
-    line = round(font.size * 1.5)
+    size = max(13, panel_width // 17) if text_size is None else text_size
+    font = ImageFont.load_default(size)
+    bold_size = round(size * 1.2)
+    bold = ImageFont.load_default(bold_size)
+    line = round(size * 1.5)
     scaled = [
         [
             panel.picture.convert("RGB").resize(
@@ -250,9 +270,9 @@ def panel_grid(
     columns = max(len(row) for row in rows)
     margin = _GAP + (line if labels else 0)
     width = columns * (panel_width + _GAP) + margin
-    legend_rows = [_wrapped(legend, font.size, width - margin - _GAP) for legend in legends]
+    legend_rows = [_wrapped(legend, size, width - margin - _GAP) for legend in legends]
     heights = [max(picture.height for picture in row) for row in scaled]
-    header = (round(bold.size * 1.9) if heading else 0) + (line + 4 if titles else 0) + _GAP
+    header = (round(bold_size * 1.9) if heading else 0) + (line + 4 if titles else 0) + _GAP
     total = header
     for number, height in enumerate(heights):
         total += height + line + _GAP
@@ -264,7 +284,7 @@ def panel_grid(
     top = _GAP
     if heading:
         draw.text((margin, top), heading, font=bold, fill=_INK)
-        top += round(bold.size * 1.9)
+        top += round(bold_size * 1.9)
     for column, title in enumerate(titles):
         middle = margin + column * (panel_width + _GAP) + panel_width // 2
         draw.text((middle, top), title, font=font, fill=_INK, anchor="ma")
@@ -272,25 +292,25 @@ def panel_grid(
     for number, row in enumerate(rows):
         if number < len(labels):
             upright = Image.new("RGB", (heights[number], line), _PAPER)
-            middle = (heights[number] // 2, line // 2)
-            ImageDraw.Draw(upright).text(middle, labels[number], font=font, fill=_INK, anchor="mm")
+            centre = (heights[number] // 2, line // 2)
+            ImageDraw.Draw(upright).text(centre, labels[number], font=font, fill=_INK, anchor="mm")
             canvas.paste(upright.rotate(90, expand=True), (_GAP // 2, top))
         for column, panel in enumerate(row):
             left = margin + column * (panel_width + _GAP)
             middle = left + panel_width // 2
             canvas.paste(scaled[number][column], (middle - scaled[number][column].width // 2, top))
-            anchor = (middle, top + heights[number] + line // 2)
-            draw.text(anchor, panel.caption, font=font, fill=_INK, anchor="mm")
+            below = (middle, top + heights[number] + line // 2)
+            draw.text(below, panel.caption, font=font, fill=_INK, anchor="mm")
         top += heights[number] + line + _GAP
         if number < len(legend_rows):
             for entries in legend_rows[number]:
-                left = margin
+                x: float = margin
                 for name, name_font, colour, length in entries:
-                    box = (left, top, left + font.size, top + font.size)
+                    box = (x, top, x + size, top + size)
                     draw.rectangle(box, fill=colour, outline=_INK)
-                    anchor = (left + font.size * 1.4, top + font.size // 2)
-                    draw.text(anchor, name, font=name_font, fill=_INK, anchor="lm")
-                    left += length
+                    beside = (x + size * 1.4, top + size // 2)
+                    draw.text(beside, name, font=name_font, fill=_INK, anchor="lm")
+                    x += length
                 top += line
             top += _GAP
     return canvas

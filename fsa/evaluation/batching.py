@@ -42,13 +42,12 @@ def merged_cosines(
 
     def flush() -> Iterator[tuple[int, Tensor]]:
         nonlocal merger
-        crops = torch.stack([image[(slice(None), *part.slices)] for _, image, part, _ in waiting])
+        crops = torch.stack([part.of(image) for _, image, part, _ in waiting])
         maps = segmentor.window_cosines(crops, queries)
         for (key, image, part, last), cosines in zip(waiting, maps, strict=True):
             if merger is None:
-                merger = windows.WindowMerger(
-                    len(queries.features), *image.shape[-2:], device=image.device
-                )
+                height, width = image.shape[-2:]
+                merger = windows.WindowMerger(len(queries.features), height, width, image.device)
             merger.add(part, cosines)
             if last:
                 merged, merger = merger.mean(), None
@@ -56,7 +55,7 @@ def merged_cosines(
         waiting.clear()
 
     for key, image in images:
-        parts = windows.plan(*image.shape[-2:], window, stride)
+        parts = windows.plan(image.shape[-2], image.shape[-1], window, stride)
         for part in parts:
             if waiting and (waiting[0][2].height, waiting[0][2].width) != (part.height, part.width):
                 yield from flush()

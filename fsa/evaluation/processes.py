@@ -71,8 +71,9 @@ def stop() -> None:
         # of a tensor. Before torch 2.8 a group keeps the lock while it ends, for ever then; its
         # backend gives the lock up, so there the backend has to be what ends last.
         backend = None
-        if torch.__version__ < (2, 8):
-            backend = distributed.group.WORLD._get_backend(torch.device("cpu"))
+        world: Any = distributed.group.WORLD
+        if torch.__version__ < "2.8":
+            backend = world._get_backend(torch.device("cpu"))
         distributed.destroy_process_group()
         del backend
 

@@ -154,7 +154,7 @@ def _fsa(dataset: str) -> dict[str, Any]:
 
 
 def _proxyclip(dataset: str) -> dict[str, Any]:
-    own = {
+    own: dict[str, dict[str, Any]] = {
         "context60": {"prob_thd": 0.15},
         "coco_object": {"prob_thd": 0.25},
         "cityscapes": {"stride": 112},

@@ -13,7 +13,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 import fsa
-from fsa.errors import InputError, named_out_of_memory
+from fsa.errors import InputError, NotFiniteError, named_out_of_memory
 from fsa.evaluation import fingerprint, locking, processes, state
 from fsa.evaluation.batching import merged_cosines, whole_cosines
 from fsa.evaluation.datasets import Dataset
@@ -233,6 +233,7 @@ class _Run:
         masks: dict[int, Tensor] = {}
         colours: dict[int, Tensor] = {}
         skipped: dict[str, str] = {}
+        finite: dict[int, Tensor] = {}
 
         def images() -> Iterator[tuple[int, Tensor]]:
             for _ in self.pictures_of(number):
@@ -243,6 +244,8 @@ class _Run:
                     skipped[self.dataset.samples[item.index].name] = item.error
                     bar.update()
                     continue
+                assert item.image is not None
+                assert item.mask is not None
                 masks[item.index] = item.mask.to(device, non_blocking=True)
                 image = self.normalise(item.image.to(device, non_blocking=True))
                 if self.preset.pamr_steps:
@@ -250,15 +253,26 @@ class _Run:
                 yield item.index, image
 
         pictures = 0
-        for index, cosines in self._cosines(images(), queries):
-            mask = masks.pop(index)
-            size = tuple(mask.shape)
-            if self.preset.pamr_steps:
-                cosines = self._refined(cosines, colours.pop(index), size)
-            matrix.add(self._labels(cosines, queries, size), mask)
-            pictures += 1
-            bar.update()
-        self.own.counts += matrix.counts().numpy()
+        try:
+            for index, cosines in self._cosines(images(), queries):
+                mask = masks.pop(index)
+                size = (mask.shape[0], mask.shape[1])
+                if self.preset.pamr_steps:
+                    cosines = self._refined(cosines, colours.pop(index), size)
+                finite[index] = cosines.isfinite().all()
+                matrix.add(self._labels(cosines, queries, size), mask)
+                pictures += 1
+                bar.update()
+        except NotFiniteError:
+            # Of the pictures in hand; which of them cannot be told where windows share a batch.
+            waiting = ", ".join(self.dataset.samples[index].name for index in masks)
+            raise self.segmentor.loaded.not_finite(waiting) from None
+        counts = matrix.counts().numpy()
+        # Only here, where the counts have come to the host and nothing is waited for.
+        for index, whole in finite.items():
+            if not bool(whole):
+                raise self.segmentor.loaded.not_finite(self.dataset.samples[index].name)
+        self.own.counts += counts
         self.own.pictures += pictures
         self.own.skipped |= skipped
 

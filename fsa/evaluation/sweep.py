@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fsa.config import ADAPTATIONS, FSAConfig
 from fsa.errors import InputError
@@ -16,6 +18,8 @@ from fsa.evaluation import paper
 from fsa.evaluation.result import Result
 from fsa.files import write_whole
 
+# Points of mIoU that the plot of a sweep shows at least.
+_LEAST_SPAN = 10.0
 CONFIDENCES = (0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.9)
 BETAS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
 
@@ -198,7 +202,7 @@ class Swept:
             ("sweep.md", self.markdown()),
         ):
             files.append(folder / name)
-            write_whole(files[-1], lambda out, content=content: out.write(content.encode()))
+            write_whole(files[-1], partial(_write_text, content))
         if any(row.table in ("confidence", "beta") for row in self.rows):
             picture = folder / "sensitivity.png"
             if _plot(self, picture):
@@ -233,28 +237,53 @@ def can_plot() -> bool:
     return True
 
 
+def _write_text(text: str, out: BinaryIO) -> None:
+    out.write(text.encode())
+
+
 def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
 def _plot(swept: Swept, file: Path) -> bool:
+    """mIoU over p and beta on one scale, with the published value and the baseline marked."""
     if not can_plot():
         return False
     from matplotlib.figure import Figure
 
     records = list(zip(swept.rows, swept.records(), strict=True))
+    baseline = next((record["miou"] for row, record in records if row.config is None), None)
     tables = [t for t in ("confidence", "beta") if any(row.table == t for row, _ in records)]
+    protocol = swept.results[0].protocol
+    published = FSAConfig.preset(vfm=protocol["vfm"], model=protocol["model"])
     figure = Figure(figsize=(4.5 * len(tables), 3.4), layout="constrained")
-    axes = figure.subplots(1, len(tables), squeeze=False)[0]
+    # One scale for both, on which a difference looks as large as it is.
+    axes = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+    values = [record["miou"] for row, record in records if row.table in tables]
+    lowest, highest = _honest_limits([*values, *([] if baseline is None else [baseline])])
     for table, axis in zip(tables, axes, strict=True):
         points = [(float(row.row), record["miou"]) for row, record in records if row.table == table]
-        axis.plot(*zip(*points, strict=True), marker="o")
+        axis.plot(*zip(*points, strict=True), marker="o", label="with FSA")
+        default = getattr(published, table)
+        axis.axvline(default, color="0.5", linestyle=":", label=f"published: {default:g}")
+        if baseline is not None:
+            axis.axhline(baseline, color="black", linestyle="--", label="baseline without FSA")
         axis.set_xlabel("p, cumulative confidence kept" if table == "confidence" else "beta")
-        axis.set_ylabel("mIoU, %")
+        axis.set_ylim(lowest, highest)
         axis.grid(alpha=0.3)
-    protocol = swept.results[0].protocol
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("mIoU, %")
     figure.suptitle(f"{protocol['host']}, {protocol['model']}, {protocol['dataset']}", fontsize=10)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     write_whole(file, lambda out: out.write(buffer.getvalue()))
     return True
+
+
+def _honest_limits(values: Sequence[float]) -> tuple[float, float]:
+    """Of an axis of percents around values: never so narrow that noise looks like a cliff."""
+    found = [value for value in values if math.isfinite(value)] or [50.0]
+    middle = (min(found) + max(found)) / 2
+    half = max(_LEAST_SPAN, 1.2 * (max(found) - min(found))) / 2
+    lowest = min(max(middle - half, 0.0), 100 - 2 * half)
+    return max(lowest, 0.0), max(lowest, 0.0) + 2 * half

@@ -44,6 +44,7 @@ def adapted_heads(
         first = tail(heads)
     else:
         if attention.step is None:
+            assert attention.mean_value is not None
             both = torch.cat([heads, attention.mean_value], dim=2)
         else:
             both = attention.step.gathered

@@ -66,7 +66,7 @@ class FunctionHost(Host):
         )
 
     def _check_shape(
-        self, what: str, tensor: Tensor, accepted: tuple[tuple[int, ...], ...]
+        self, what: str, tensor: Tensor | None, accepted: tuple[tuple[int, ...], ...]
     ) -> None:
         if isinstance(tensor, Tensor) and tuple(tensor.shape) in accepted:
             return

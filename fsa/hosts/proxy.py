@@ -13,7 +13,7 @@ from fsa.hosts.block import LastAttention, LastBlock
 
 
 def affinity_attention(
-    vfm_features: Tensor,
+    vfm_features: Tensor | None,
     value: Tensor,
     grid: tuple[int, int],
     shift: float,
@@ -31,7 +31,8 @@ def affinity_attention(
         backend: of the ops.
         config: of the feedback that will follow, or None.
     """
-    value = _resize(value, grid, tuple(vfm_features.shape[-2:]))
+    assert vfm_features is not None
+    value = _resize(value, grid, (vfm_features.shape[-2], vfm_features.shape[-1]))
     features = vfm_features.flatten(2).transpose(1, 2).to(value.dtype)
     attention = ops.ProxyAttention(features, shift=shift, gain=gain, backend=backend)
     if config is None:
@@ -78,7 +79,7 @@ class ProxyCLIP(Host):
     def grid(self, height: int, width: int, vfm_features: Tensor | None = None) -> tuple[int, int]:
         if vfm_features is None:
             raise InputError("the grid of ProxyCLIP is that of vfm_features, which were not given")
-        return tuple(vfm_features.shape[-2:])
+        return vfm_features.shape[-2], vfm_features.shape[-1]
 
     def attention(self, block: LastBlock, config: FSAConfig | None) -> LastAttention:
         value = self.tower.project(block.patch_tokens, "v")["v"]
@@ -94,6 +95,7 @@ class ProxyCLIP(Host):
         config: FSAConfig | None,
     ) -> None:
         super()._check(images, text_features, vfm_features, config)
+        assert vfm_features is not None
         if vfm_features.ndim != 4 or vfm_features.shape[0] != images.shape[0]:
             raise InputError(
                 f"vfm_features must be (B, F, gh, gw) with B = {images.shape[0]}; they have shape "

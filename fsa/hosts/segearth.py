@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -79,11 +81,14 @@ class SegEarth(SelfAttentionHost):
     def _class_features(self, block: LastBlock) -> Tensor:
         """(B,1,E): what the class token gathers by the host's attention, in the shared space."""
         projected = {"q": block.query, "k": block.key, "v": block.value}
-        heads = sum(
-            functional.scaled_dot_product_attention(
-                projected[a][:, :, :1], projected[b], block.value
-            )
-            for a, b in self.pairs
+        heads = reduce(
+            torch.add,
+            (
+                functional.scaled_dot_product_attention(
+                    projected[pair[0]][:, :, :1], projected[pair[1]], block.value
+                )
+                for pair in self.pairs
+            ),
         )
         branch = self.tower.attention_branch(heads)
         if self.residual:

@@ -39,9 +39,12 @@ def attention_of_pairs(
     def attend(values: Tensor) -> Tensor:
         attended = (
             scaled_dot_product_attention(
-                projected[a][:, :, prefix_tokens:], projected[b], values, attn_mask=bias
+                projected[pair[0]][:, :, prefix_tokens:],
+                projected[pair[1]],
+                values,
+                attn_mask=bias,
             )
-            for a, b in pairs
+            for pair in pairs
         )
         return reduce(torch.add, attended)
 

@@ -36,9 +36,7 @@ class Plug:
     Pickled and copied with the tower it belongs to, hooks and all.
     """
 
-    def __init__(
-        self, visual: nn.Module, text_features: Tensor, config: FSAConfig, backend: str
-    ) -> None:
+    def __init__(self, visual: Any, text_features: Tensor, config: FSAConfig, backend: str) -> None:
         self.visual = visual
         self.style = style_of(visual)
         self.config = config
@@ -52,7 +50,7 @@ class Plug:
         self.hooks: tuple[Any, ...] = ()
 
     @property
-    def last(self) -> nn.Module:
+    def last(self) -> Any:
         return self.visual.transformer.resblocks[-1]
 
     @property
@@ -113,7 +111,7 @@ class Plug:
             adapted = self._adapted(attn_layer, x.to(attn_layer.in_proj_weight.dtype), bound)
         return adapted.to(x.dtype)
 
-    def _adapted(self, attn_layer: nn.Module, x: Tensor, bound: inspect.BoundArguments) -> Tensor:
+    def _adapted(self, attn_layer: Any, x: Tensor, bound: inspect.BoundArguments) -> Tensor:
         """What the tower goes on with, (L,B,D), for normalised tokens (L,B,D)."""
         tokens, self.tokens = self.tokens, None
         if self.residual and (tokens is None or tokens.shape != x.shape):
@@ -127,6 +125,7 @@ class Plug:
         def tail(heads: Tensor) -> Tensor:
             branch = attn_layer.out_proj(heads.transpose(1, 2).flatten(2))
             if self.residual:
+                assert tokens is not None
                 branch = with_branch(tokens.to(x.dtype)[1:].transpose(0, 1), branch)
                 branch = branch + self.last.mlp(self.last.ln_2(branch))
             return self.visual.ln_post(branch) @ self.visual.proj
@@ -177,17 +176,17 @@ class Plug:
                 "the host, see fsa.hosts.build"
             )
 
-    def _remember_tokens(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _remember_tokens(self, module: Any, args: tuple[Any, ...]) -> None:
         self.tokens = args[0]
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.asked = False
         if self.style.residual is None:
             bound = self.forward_signature.bind(*args, **kwargs)
             bound.apply_defaults()
             self.residual = not bound.arguments.get(_IGNORE_RESIDUAL, True)
 
-    def _end(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+    def _end(self, module: Any, args: tuple[Any, ...], result: Any) -> None:
         if not self.asked:
             hint = (
                 ": a ProxyCLIP tower needs the features of another model, ex_feats"
@@ -207,7 +206,7 @@ def plug_of(visual: nn.Module) -> Plug | None:
     return method if isinstance(method, Plug) else None
 
 
-def _output(attn_layer: nn.Module, heads: Tensor, class_heads: Tensor | None) -> Tensor:
+def _output(attn_layer: Any, heads: Tensor, class_heads: Tensor | None) -> Tensor:
     """(L,B,D) as the tower goes on with it, of what patches and class token gathered."""
     if class_heads is not None:
         heads = torch.cat([class_heads, heads], dim=2)

@@ -77,9 +77,11 @@ def plug_in(
         raise InputError(f"backend={backend!r} is not known: it must be one of {ops.BACKENDS}")
     if not isinstance(visual, nn.Module):
         raise InputError(f"visual must be a torch module, not {type(visual).__name__}")
-    missing = _missing(visual, _PARTS) or [
+    # No type checker knows the parts of a published tower.
+    tower: Any = visual
+    missing = _missing(tower, _PARTS) or [
         f"{part} in its last block"
-        for part in _missing(visual.transformer.resblocks[-1], _PARTS_OF_LAST_BLOCK)
+        for part in _missing(tower.transformer.resblocks[-1], _PARTS_OF_LAST_BLOCK)
     ]
     if missing:
         raise InputError(
@@ -87,7 +89,7 @@ def plug_in(
             "towers in the manner of ProxyCLIP, ClearCLIP and SCLIP; for a plain open_clip "
             "tower take fsa.hosts.build(host, visual)"
         )
-    width = visual.proj.shape[1]
+    width = tower.proj.shape[1]
     if (
         not isinstance(text_features, Tensor)
         or text_features.ndim != 2
@@ -126,7 +128,7 @@ def unplug(visual: nn.Module) -> None:
 def published_feedback(
     patch_probs: Tensor,
     uni_probs: Tensor,
-    attn_layer: nn.Module,
+    attn_layer: Any,
     v: Tensor,
     attn_weights_orig: Tensor,
     lamda: float,
@@ -178,6 +180,7 @@ def published_feedback(
     attention = attn_weights_orig.unflatten(0, (B, heads))
 
     def attend(values: Tensor) -> Tensor:
+        assert lost is not None
         return torch.where(lost[:, None, :, None], values, attention @ values)
 
     adapted = ops.adapt(
@@ -228,7 +231,7 @@ def _feedback_of_finite(
     return attention, lost
 
 
-def _missing(module: nn.Module, parts: tuple[str, ...]) -> list[str]:
+def _missing(module: Any, parts: tuple[str, ...]) -> list[str]:
     """Which of the parts, named with dots, the module does not have."""
 
     def has(part: str) -> bool:

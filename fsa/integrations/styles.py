@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -66,7 +68,7 @@ class Style:
 
 
 def _read_proxyclip(
-    attn_layer: nn.Module,
+    attn_layer: Any,
     x: Tensor,
     arguments: dict[str, Any],
     backend: str,
@@ -85,7 +87,7 @@ def _read_proxyclip(
 
 
 def _read_clearclip(
-    attn_layer: nn.Module,
+    attn_layer: Any,
     x: Tensor,
     arguments: dict[str, Any],
     backend: str,
@@ -101,7 +103,7 @@ def _read_clearclip(
 
 
 def _read_sclip(
-    attn_layer: nn.Module,
+    attn_layer: Any,
     x: Tensor,
     arguments: dict[str, Any],
     backend: str,
@@ -112,7 +114,7 @@ def _read_sclip(
 
 
 def _self_attention(
-    attn_layer: nn.Module,
+    attn_layer: Any,
     x: Tensor,
     pairs: tuple[str, ...],
     backend: str,
@@ -123,14 +125,19 @@ def _self_attention(
     if not pairs:
         attention = identity_attention(value[:, :, 1:], feedback=config is not None)
         return Call(attention, value[:, :, :1])
-    class_heads = sum(
-        functional.scaled_dot_product_attention(projected[a][:, :, :1], projected[b], value)
-        for a, b in pairs
+    class_heads = reduce(
+        torch.add,
+        (
+            functional.scaled_dot_product_attention(
+                projected[pair[0]][:, :, :1], projected[pair[1]], value
+            )
+            for pair in pairs
+        ),
     )
     return Call(attention_of_pairs(projected, pairs, backend, config), class_heads)
 
 
-def _project(attn_layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
+def _project(attn_layer: Any, x: Tensor) -> dict[str, Tensor]:
     """Queries, keys and values (B,H,L,d) of tokens (L,B,D)."""
     packed = functional.linear(x, attn_layer.in_proj_weight, attn_layer.in_proj_bias)
     heads = packed.unflatten(-1, (3, attn_layer.num_heads, -1)).permute(2, 1, 3, 0, 4)
@@ -176,7 +183,7 @@ def _style_named(name: str) -> Style:
     return next(style for style in _STYLES if style.name == name)
 
 
-def style_of(visual: nn.Module) -> Style:
+def style_of(visual: Any) -> Style:
     if hasattr(visual, "FSA"):
         raise InputError(
             f"visual, a {type(visual).__name__}, computes FSA by a method of its own; to have this "

@@ -1,4 +1,4 @@
-"""Vision models whose features guide ProxyCLIP: DINO, v2, v3, SAM, MAE, CLIP's own, or a user's."""
+"""Vision models whose features guide ProxyCLIP: DINO's and others, CLIP's own, or a user's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -32,11 +33,13 @@ class _Known:
         side: pictures are resized to side x side; None leaves them as they are.
         position_offset: with which positional embeddings are resized off the trained grid, see
             `fsa.models.tower.resized_positions`; None leaves that to timm, which smooths.
+        fixed_size: whether timm makes it for one size of pictures unless it is asked not to.
     """
 
     timm_name: str
     side: int | None = None
     position_offset: float | None = None
+    fixed_size: bool = True
 
 
 # Positions are resized as ProxyCLIP's and FSA's code has it: DINO's by its own function, MAE's edge
@@ -47,6 +50,8 @@ _KNOWN = {
     "dinov3": _Known("vit_base_patch16_dinov3.lvd1689m"),
     "sam": _Known("samvit_base_patch16.sa1b", side=1024),
     "mae": _Known("vit_base_patch16_224.mae", position_offset=0.0),
+    "pe-spatial": _Known("vit_pe_spatial_base_patch16_512.fb"),
+    "c-radio": _Known("naflexvit_base_patch16_radio_v3.c_radio", fixed_size=False),
 }
 
 
@@ -89,10 +94,11 @@ def load_vfm(
     """A vision model for ProxyCLIP.
 
     Args:
-        vfm: "dino", "dinov2", "dinov3", "sam" or "mae" (ViT-B, through timm); "layer" or
-            "layer:K", what enters block K of CLIP's own tower (default the middle one), which
-            needs no second model; or any callable (B,3,H,W) -> (B,F,gh,gw) on pictures
-            normalised for CLIP.
+        vfm: "dino", "dinov2", "dinov3", "sam", "mae", "pe-spatial" (Perception Encoder) or
+            "c-radio" (C-RADIOv3), each ViT-B, through timm; "layer" or "layer:K", what enters block
+            K of CLIP's own tower (default the middle one), which needs no second model; or any
+            callable (B,3,H,W) -> (B,F,gh,gw) on pictures normalised for CLIP. Neither paper has
+            evaluated DINOv3, PE-Spatial or C-RADIOv3.
         tower: CLIP's vision tower; its device and type are used.
         mean, std: CLIP's statistics, which pictures come normalised with.
         pretrained: for timm's models: None or True fetches its weights, a path reads them from a
@@ -100,7 +106,8 @@ def load_vfm(
         cache_dir: where downloaded weights are kept.
 
     Raises:
-        InputError: an unknown name, or a file of another model.
+        InputError: an unknown name, one that the installed timm has no model for, or a file of
+            another model.
         ModelUnavailableError: weights that are not there or cannot be fetched.
     """
     if isinstance(vfm, VFM):
@@ -128,7 +135,7 @@ class _TimmVFM(VFM):
     def __init__(
         self,
         name: str,
-        model: nn.Module,
+        model: Any,
         known: _Known,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -137,7 +144,9 @@ class _TimmVFM(VFM):
         self.model = self.module = model
         self.side = known.side
         self._position_offset = known.position_offset
-        self._patch = model.patch_embed.patch_size[0]
+        # Models for pictures of any size, such as C-RADIO's, call it otherwise.
+        embedding = model.patch_embed if hasattr(model, "patch_embed") else model.embeds
+        self._patch = embedding.patch_size[0]
         self.multiple = 1 if known.side is not None else self._patch
         # From CLIP's statistics to the model's: x' = x * gain + offset.
         cfg = model.pretrained_cfg
@@ -235,7 +244,13 @@ def _layer_number(vfm: str, tower: Tower) -> int:
 def _create(
     vfm: str, known: _Known, pretrained: bool | str | None, cache_dir: str | None
 ) -> nn.Module:
-    options = {} if known.side is not None else {"dynamic_img_size": True}
+    if not timm.is_model(known.timm_name):
+        raise InputError(
+            f"vfm={vfm!r}: timm {timm.__version__} has no {known.timm_name}; a newer one does: "
+            "pip install -U timm"
+        )
+    any_size = known.fixed_size and known.side is None
+    options: dict[str, Any] = {"dynamic_img_size": True} if any_size else {}
     fetch = pretrained is None or pretrained is True
     try:
         with hub_if_reachable() if fetch else nullcontext():
@@ -256,7 +271,7 @@ def _create(
     return model
 
 
-def _load_file(model: nn.Module, file: Path, timm_name: str) -> None:
+def _load_file(model: Any, file: Path, timm_name: str) -> None:
     if not file.is_file():
         raise ModelUnavailableError(f"vfm_pretrained={str(file)!r}: no such file")
     try:

@@ -60,7 +60,7 @@ class LoadedModel:
         image_size: side of the pictures it was trained on, in pixels.
     """
 
-    model: nn.Module
+    model: Any
     tokenizer: Callable[[list[str]], Tensor]
     name: str
     pretrained: str
@@ -91,6 +91,14 @@ class LoadedModel:
         if getattr(self.model, "logit_bias", None) is None:
             return None
         return float(self.model.logit_scale.float().exp())
+
+    @contextmanager
+    def naming(self, what: str) -> Iterator[None]:
+        """Around what computes: names the picture and the weights where it makes NaN or inf."""
+        try:
+            yield
+        except NotFiniteError:
+            raise self.not_finite(what) from None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -185,7 +193,7 @@ def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if resolved not in _DTYPES.values():
+    if resolved is None or resolved not in _DTYPES.values():
         raise InputError(f"dtype={dtype!r} is not accepted: it must be one of {', '.join(_DTYPES)}")
     return resolved
 
@@ -334,7 +342,7 @@ def _download(name: str, tag: str, cache_dir: str | None) -> Path:
     return Path(file)
 
 
-def _load_into(model: nn.Module, file: Path, name: str) -> None:
+def _load_into(model: Any, file: Path, name: str) -> None:
     try:
         with _quiet():
             unmatched = load_checkpoint(model, str(file), strict=False, weights_only=True)
@@ -372,7 +380,7 @@ def _tokenizer(name: str, cache_dir: str | None) -> Any:
         ) from None
 
 
-def _ready(model: nn.Module, device: torch.device, dtype: torch.dtype, file: Path) -> nn.Module:
+def _ready(model: Any, device: torch.device, dtype: torch.dtype, file: Path) -> nn.Module:
     model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
     if dtype == torch.float16:
         # It ends at 65504, far below the other types.
@@ -380,7 +388,7 @@ def _ready(model: nn.Module, device: torch.device, dtype: torch.dtype, file: Pat
     return model
 
 
-def _side(model: nn.Module) -> int:
+def _side(model: Any) -> int:
     size = model.visual.image_size
     return size if isinstance(size, int) else size[0]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from open_clip.timm_model import TimmModel
 from timm.layers import (
@@ -65,7 +67,7 @@ class TimmTower(Tower):
         InputError: another kind of tower.
     """
 
-    def __init__(self, visual: nn.Module) -> None:
+    def __init__(self, visual: Any) -> None:
         nn.Module.__init__(self)
         _require_transformer(visual)
         self.visual = visual
@@ -80,7 +82,7 @@ class TimmTower(Tower):
         self.rotary: RotaryEmbeddingCat | None = getattr(trunk, "rope", None)
 
     @property
-    def last(self) -> nn.Module:
+    def last(self) -> Any:
         return self.visual.trunk.blocks[-1]
 
     @property
@@ -119,7 +121,7 @@ class TimmTower(Tower):
                     f"queries and keys of {type(self.visual.trunk).__name__} have rotary "
                     "positions: pass the grid of the patches"
                 )
-            sines = self._rotary_positions(grid, tokens.device)
+            sines = _rotary_positions(self.rotary, grid, tokens.device)
             for name in _ROTATED:
                 if name in projected:
                     projected[name] = self._rotated(projected[name], sines)
@@ -143,13 +145,13 @@ class TimmTower(Tower):
         trunk = self.visual.trunk
         pooled = trunk.norm(tokens)
         if trunk.attn_pool is not None:
-            pooled = _pooled_alone(trunk.attn_pool, pooled)
+            pooled = _pooled_by_itself(trunk.attn_pool, pooled)
         return self.visual.head(trunk.head(trunk.fc_norm(pooled)))
 
     def _run_blocks(self, tokens: Tensor, blocks: slice, grid: tuple[int, int]) -> Tensor:
         options = {}
         if self.rotary is not None:
-            options["rope"] = self._rotary_positions(grid, tokens.device)
+            options["rope"] = _rotary_positions(self.rotary, grid, tokens.device)
         for block in list(self.visual.trunk.blocks)[blocks]:
             tokens = block(tokens, **options)
         return tokens
@@ -187,26 +189,6 @@ class TimmTower(Tower):
         norm = getattr(embedding, "norm", None)
         return patches if norm is None else norm(patches)
 
-    def _rotary_positions(self, grid: tuple[int, int], device: torch.device) -> Tensor:
-        """Sines and cosines (N, 2 d) in float32: the angles of the patches of a grid.
-
-        The module of the model holds those of the trained grid alone.
-        """
-        rotary = self.rotary
-        both = build_rotary_pos_embed(
-            list(grid),
-            dim=rotary.dim,
-            max_res=rotary.max_res,
-            temperature=rotary.temperature,
-            linear_bands=rotary.linear_bands,
-            in_pixels=rotary.in_pixels,
-            ref_feat_shape=rotary.ref_feat_shape,
-            grid_offset=rotary.grid_offset,
-            grid_indexing=rotary.grid_indexing,
-            device=device,
-        )
-        return torch.cat(both, dim=-1)
-
     def _rotated(self, inputs: Tensor, positions: Tensor) -> Tensor:
         """Queries or keys (B,H,L,d) with those of the patches rotated."""
         prefix, patches = inputs[:, :, : self.prefix_tokens], inputs[:, :, self.prefix_tokens :]
@@ -214,14 +196,36 @@ class TimmTower(Tower):
         return torch.cat([prefix, rotated], dim=2)
 
 
-def _packed_bias(attention: nn.Module) -> Tensor | None:
+def _rotary_positions(
+    rotary: RotaryEmbeddingCat, grid: tuple[int, int], device: torch.device
+) -> Tensor:
+    """Sines and cosines (N, 2 d) in float32: the angles of the patches of a grid.
+
+    The module of the model holds those of the trained grid alone.
+    """
+    both = build_rotary_pos_embed(
+        list(grid),
+        dim=rotary.dim,
+        max_res=rotary.max_res,
+        temperature=rotary.temperature,
+        linear_bands=rotary.linear_bands,
+        in_pixels=rotary.in_pixels,
+        ref_feat_shape=rotary.ref_feat_shape,
+        grid_offset=rotary.grid_offset,
+        grid_indexing=rotary.grid_indexing,
+        device=device,
+    )
+    return torch.cat(both, dim=-1)
+
+
+def _packed_bias(attention: Any) -> Tensor | None:
     """The bias of the packed product; EVA keeps that of queries and values, that of keys is 0."""
     if getattr(attention, "q_bias", None) is not None:
         return torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
     return attention.qkv.bias
 
 
-def _scaled(block: nn.Module, number: int, branch: Tensor) -> Tensor:
+def _scaled(block: Any, number: int, branch: Tensor) -> Tensor:
     """One of the two branches of a block after its layer scale, where there is one."""
     if isinstance(block, EvaBlock):
         scale = getattr(block, f"gamma_{number}")
@@ -229,7 +233,7 @@ def _scaled(block: nn.Module, number: int, branch: Tensor) -> Tensor:
     return getattr(block, f"ls{number}")(branch)
 
 
-def _pooled_alone(pool: nn.Module, tokens: Tensor) -> Tensor:
+def _pooled_by_itself(pool: Any, tokens: Tensor) -> Tensor:
     """What a pooling head makes of each of the tokens (B,N,D) as if it were the only one."""
     # The keys' half of the packed product has no influence on a softmax over one key.
     values = slice(pool.kv.weight.shape[0] // 2, None)
@@ -238,7 +242,7 @@ def _pooled_alone(pool: nn.Module, tokens: Tensor) -> Tensor:
     return pooled if pool.mlp is None else pooled + pool.mlp(pool.norm(pooled))
 
 
-def _output_width(visual: nn.Module) -> int:
+def _output_width(visual: Any) -> int:
     """The width of the space shared with text."""
     trunk = visual.trunk
     modules = [*trunk.head.modules(), *visual.head.modules()]
@@ -246,7 +250,7 @@ def _output_width(visual: nn.Module) -> int:
     return widths[-1] if widths else trunk.num_features
 
 
-def _require_transformer(visual: nn.Module) -> None:
+def _require_transformer(visual: Any) -> None:
     trunk = visual.trunk
     if not isinstance(trunk, (VisionTransformer, Eva)):
         raise InputError(
@@ -263,7 +267,7 @@ def _require_transformer(visual: nn.Module) -> None:
         )
 
 
-def _require_parts(trunk: nn.Module) -> None:
+def _require_parts(trunk: Any) -> None:
     """Raises InputError for parts of timm's transformers that no model of open_clip has."""
     block, rotary, pool = trunk.blocks[-1], getattr(trunk, "rope", None), trunk.attn_pool
     attention = block.attn

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,21 +33,23 @@ class Tower(nn.Module):
         InputError: another kind of tower.
     """
 
-    prefix_tokens = 1
-    has_class_token = True
+    prefix_tokens: int = 1
+    has_class_token: bool = True
+    # Modules of other libraries, whose parts no type checker knows.
+    visual: Any
 
     def __init__(self, visual: nn.Module) -> None:
         super().__init__()
         _require_plain(visual)
         self.visual = visual
-        self.patch_size: tuple[int, int] = tuple(visual.conv1.kernel_size)
-        self.width: int = visual.conv1.out_channels
+        self.patch_size: tuple[int, int] = tuple(self.visual.conv1.kernel_size)
+        self.width: int = self.visual.conv1.out_channels
         self.heads: int = self.last.attn.num_heads
-        self.layers: int = len(visual.transformer.resblocks)
-        self.output_dim: int = visual.proj.shape[1]
+        self.layers: int = len(self.visual.transformer.resblocks)
+        self.output_dim: int = self.visual.proj.shape[1]
 
     @property
-    def last(self) -> nn.Module:
+    def last(self) -> Any:
         """The last residual block, which the hosts change."""
         return self.visual.transformer.resblocks[-1]
 
@@ -318,7 +322,7 @@ def _bicubic_weights(length: int, trained_length: int, distance: Tensor) -> Tens
     return torch.zeros(length, trained_length, device=device).scatter_add(1, taken, weights)
 
 
-def _require_plain(visual: nn.Module) -> None:
+def _require_plain(visual: Any) -> None:
     parts = (
         "conv1",
         "class_embedding",

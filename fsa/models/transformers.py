@@ -62,7 +62,7 @@ def from_transformers(
         return isinstance(model, tuple(cls for cls in classes if cls is not None))
 
     if is_one_of(_CLIPS):
-        tower: Tower = CLIPTower(model)
+        tower: _TransformersTower = CLIPTower(model)
         name = _clip_name(model)
     elif is_one_of(_SIGLIPS):
         tower = SiglipTower(model) if is_one_of(_SIGLIPS[:1]) else Siglip2Tower(model)
@@ -110,7 +110,7 @@ class TransformersModel(nn.Module):
         padding: the token that fills up shorter texts, where the text tower must not look at it.
     """
 
-    def __init__(self, model: nn.Module, tower: Tower, *, padding: int | None = None) -> None:
+    def __init__(self, model: Any, tower: Tower, *, padding: int | None = None) -> None:
         super().__init__()
         self.model = model
         self.visual = tower
@@ -135,7 +135,7 @@ class _TransformersTower(Tower):
 
     position_offset = PUBLISHED_OFFSET
 
-    def __init__(self, vision_model: nn.Module, output_dim: int) -> None:
+    def __init__(self, vision_model: Any, output_dim: int) -> None:
         nn.Module.__init__(self)
         config = vision_model.config
         self.visual = vision_model
@@ -145,10 +145,11 @@ class _TransformersTower(Tower):
         self.layers = config.num_hidden_layers
         self.output_dim = output_dim
         patches = self.visual.embeddings.position_embedding.num_embeddings - self.prefix_tokens
-        self.trained_grid = (math.isqrt(patches),) * 2
+        side = math.isqrt(patches)
+        self.trained_grid = (side, side)
 
     @property
-    def last(self) -> nn.Module:
+    def last(self) -> Any:
         return self.visual.encoder.layers[-1]
 
     @property
@@ -198,7 +199,7 @@ class CLIPTower(_TransformersTower):
         model: run by its own modules, neither copied nor changed.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(model.vision_model, model.config.projection_dim)
         self.projection = model.visual_projection
 
@@ -230,7 +231,7 @@ class SiglipTower(_TransformersTower):
     # No host was published on SigLIP: as transformers itself resizes its positions.
     position_offset = 0.0
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__(model.vision_model, model.config.vision_config.hidden_size)
         if getattr(model.vision_model, "head", None) is None:
             raise InputError(
@@ -295,7 +296,7 @@ def _tokenizer(tokenizer: Any, length: int, masked: bool) -> Callable[[list[str]
     return tokenize
 
 
-def _clip_name(model: nn.Module) -> str:
+def _clip_name(model: Any) -> str:
     """open_clip's name for a tower of a known size, so that presets hold; else the class's."""
     config = model.config.vision_config
     size = _SIZES.get(config.hidden_size)

@@ -176,7 +176,7 @@ def feedback_step(
         apply_feedback = partial(torch_backend.rows_times, feedback)
     if step is not None:
         return step.adapted(apply_feedback)
-    inputs = {}
+    inputs: dict[str, Tensor | None] = {}
     if attention is not None and not callable(attention):
         inputs["attention"] = attention
         attention = torch_backend.attention_applier(attention)
@@ -222,7 +222,8 @@ def _adapt(
     if attention is not None and not callable(attention):
         return library.adapt(value, feedback, attention, attended, ",".join(config.adaptations))
     apply_feedback = partial(torch_backend.rows_times, feedback)
-    return _adapt_by(apply_feedback, value, attention, attended, config, {"feedback": feedback})
+    inputs: dict[str, Tensor | None] = {"feedback": feedback}
+    return _adapt_by(apply_feedback, value, attention, attended, config, inputs)
 
 
 def _adapt_by(
@@ -231,7 +232,7 @@ def _adapt_by(
     attention: Callable[[Tensor], Tensor] | None,
     attended: Tensor | None,
     config: FSAConfig,
-    inputs: dict[str, Tensor],
+    inputs: dict[str, Tensor | None],
 ) -> Tensor:
     """`adapt` with both attentions given as what applies them; None is the identity.
 

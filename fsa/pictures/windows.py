@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,11 @@ class Window:
             slice(self.top, self.top + self.height),
             slice(self.left, self.left + self.width),
         )
+
+    def of(self, image: Tensor) -> Tensor:
+        """This part (...,height,width) of a picture (...,H,W)."""
+        rows, columns = self.slices
+        return image[..., rows, columns]
 
 
 def plan(height: int, width: int, window: int, stride: int) -> list[Window]:
@@ -86,3 +92,32 @@ class WindowMerger:
         """The merged map (C,H,W); every pixel must be covered, and nothing is added afterwards."""
         # In place: of large pictures and many classes there is no memory for a second map.
         return self._sum.div_(self._count)
+
+
+def merged(
+    image: Tensor,
+    compute: Callable[[Tensor], Iterable[Tensor]],
+    channels: int,
+    parts: Sequence[Window],
+    window_batch: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """The average over a picture's windows of what is computed of them, (C,H,W) float32.
+
+    Args:
+        image: (3,H,W).
+        compute: windows (B,3,h,w) -> the map (C,h,w) of each.
+        channels: C.
+        parts: the windows, from `plan`.
+        window_batch: how many are computed at once.
+        progress: called with (windows done, windows in all).
+    """
+    merger = WindowMerger(channels, image.shape[-2], image.shape[-1], image.device)
+    for first in range(0, len(parts), window_batch):
+        batch = parts[first : first + window_batch]
+        crops = torch.stack([part.of(image) for part in batch])
+        for part, maps in zip(batch, compute(crops), strict=True):
+            merger.add(part, maps)
+        if progress is not None:
+            progress(min(first + window_batch, len(parts)), len(parts))
+    return merger.mean()

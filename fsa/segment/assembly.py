@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from fsa import hosts
 from fsa.config import FSAConfig
 from fsa.errors import InputError
 from fsa.models.guides import VFM, load_vfm
-from fsa.models.loading import LoadedModel
+from fsa.models.loading import LoadedModel, load_model
+from fsa.models.transformers import from_transformers
 
 
 def host_name(host: str | hosts.AttentionFunction) -> str:
@@ -32,6 +35,35 @@ def check_vfm(
                 f"{argument} was given, but host {host_name(host)!r} takes no vfm; it is for "
                 "'proxyclip'"
             )
+
+
+def loaded_model(
+    model: str | nn.Module,
+    pretrained: str | None,
+    processor: Any,
+    *,
+    device: torch.device | str | None,
+    dtype: torch.dtype | str | None,
+    cache_dir: str | None,
+) -> LoadedModel:
+    """A model by name, or one of transformers with its processor.
+
+    Raises:
+        InputError, ModelUnavailableError: as `load_model` and `from_transformers`.
+    """
+    if isinstance(model, str):
+        if processor is not None:
+            raise InputError(
+                f"processor was given, but model={model!r} takes none; it is for models of "
+                "transformers"
+            )
+        return load_model(model, pretrained, device=device, dtype=dtype, cache_dir=cache_dir)
+    if pretrained is not None:
+        raise InputError(
+            f"pretrained={pretrained!r} was given with a model that has its weights; leave it out, "
+            "or pass a name as the model"
+        )
+    return from_transformers(model, processor, device=device, dtype=dtype)
 
 
 def host_with_vfm(

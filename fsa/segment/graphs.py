@@ -40,7 +40,7 @@ class GraphCache:
         return {"_function": self._function, "_capacity": self._capacity}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_function"], state["_capacity"])
+        GraphCache.__init__(self, state["_function"], state["_capacity"])
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -102,7 +102,7 @@ class Captured:
             place.copy_(tensor)
         self._graph = torch.cuda.CUDAGraph()
         # Memory is shared by captures of one stream only.
-        self._stream = torch.cuda.Stream() if beside is None else beside._stream
+        self._stream: torch.cuda.Stream = torch.cuda.Stream() if beside is None else beside._stream
         pool = None if beside is None else beside._graph.pool()
         with _current_stream_restored() as before:
             self._stream.wait_stream(before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -134,6 +134,7 @@ def window_attentions(
         InputError: a patch that is not there; too many patches.
         NotFiniteError: attention with NaN or inf.
     """
+    assert segmentor.config is not None
     height, width = image.shape[-2:]
     patch_height, patch_width = segmentor.host.tower.patch_size
     rows, columns = math.ceil(height / patch_height), math.ceil(width / patch_width)
@@ -149,10 +150,10 @@ def window_attentions(
     x = min((column + 0.5) * patch_width, width - 1)
     parts = plan(height, width, sizes.window, sizes.stride)
     part = min(parts, key=lambda window: math.hypot(*_from_middle(window, y, x)))
-    padded, (top, left) = segmentor.padded(image[(slice(None), *part.slices)][None])
+    padded, (top, left) = segmentor.padded(part.of(image)[None])
     with autocast_off(padded), torch.no_grad():
         vfm_features, tokens = segmentor.vfm_features(padded)
-        grid = segmentor.host.grid(*padded.shape[-2:], vfm_features)
+        grid = segmentor.host.grid(padded.shape[-2], padded.shape[-1], vfm_features)
         if max_patches is not None and math.prod(grid) > max_patches:
             raise InputError(
                 f"a window of {grid[0]} x {grid[1]} = {math.prod(grid)} patches is too large: at "
@@ -225,7 +226,8 @@ def attentions(
         "before": lambda: matrix @ feedback,
         "only": lambda: feedback,
     }
-    adapted = sum(forms[name]() for name in config.adaptations) / len(config.adaptations)
+    terms = [forms[name]() for name in config.adaptations]
+    adapted = reduce(torch.add, terms) / len(terms)
     return Attentions(
         host=matrix,
         feedback=feedback,

@@ -39,11 +39,9 @@ def named_background(
             for number, synonyms in enumerate(classes)
             for synonym in synonyms
         }
-        index = known.get(name.casefold())
-        if index is None:
-            index = len(names)
-            if prob_thd > 0:
-                names = (*names, name)
+        index = known.get(name.casefold(), len(names))
+        if index == len(names) and prob_thd > 0:
+            names = (*names, name)
     else:
         raise InputError(f"background={background!r} must be the name or the number of a class")
     return names, index if prob_thd > 0 else None

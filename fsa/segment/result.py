@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from fsa.draw.colours import palette
+from fsa.draw.colours import colours_of_classes
 from fsa.draw.figures import overlay
 from fsa.files import RESULT_ENDINGS, free_stem, make_directory, safe_stem, write_whole
 from fsa.pictures.reading import Picture
@@ -58,11 +58,12 @@ class Segmentation:
         return overlay(rgb, self.labels, self.class_names, alpha=alpha, legend=legend)
 
     def label_image(self) -> Image.Image:
-        """The labels as a picture: with the palette up to 256 classes, else 16 bits deep."""
+        """The labels as a picture: in the overlay's colours, or 16 bits deep above 256."""
         if len(self.class_names) > _PALETTE_CLASSES:
             return Image.fromarray(self.labels.astype(np.uint16))
         image = Image.fromarray(self.labels.astype(np.uint8))
-        image.putpalette(palette(len(self.class_names)).tobytes())
+        counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
+        image.putpalette(colours_of_classes(counts).tobytes())
         return image
 
     def save(self, directory: str | os.PathLike[str], stem: str | None = None) -> dict[str, Path]:

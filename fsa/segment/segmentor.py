@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,26 @@ from fsa import hosts
 from fsa.arguments import integer_within
 from fsa.classes import Classes, parse_classes
 from fsa.config import SEGMENTATION_SCALE, FSAConfig, logit_scale_factor
-from fsa.errors import InputError, NotFiniteError, named_out_of_memory
+from fsa.errors import InputError, named_out_of_memory
 from fsa.models.guides import LAYER, VFM
-from fsa.models.loading import TINY, LoadedModel, load_model
+from fsa.models.loading import TINY, LoadedModel
 from fsa.models.text import Progress, TextEncoder, TextQueries
 from fsa.models.text_cache import user_text_cache
-from fsa.models.transformers import from_transformers
 from fsa.ops.checks import autocast_off
 from fsa.pictures import windows
-from fsa.pictures.reading import Picture, read_image
-from fsa.segment.assembly import check_vfm, host_name, host_with_vfm, resolve_feedback
+from fsa.pictures.reading import read_image
+from fsa.segment.assembly import (
+    check_vfm,
+    host_name,
+    host_with_vfm,
+    loaded_model,
+    resolve_feedback,
+)
 from fsa.segment.graphs import GraphCache
 from fsa.segment.inspection import PatchAttentions, WindowAttentions, window_attentions
 from fsa.segment.labels import class_probabilities, label_map, named_background, require_finite
 from fsa.segment.result import Segmentation
-from fsa.segment.sizes import LARGEST_SIDE, PAPER_SIZES, TINY_SIZES, Sizes
+from fsa.segment.sizes import PAPER_SIZES, TINY_SIZES, Sizes, resized
 
 _DEFAULT_VFM = "dino"
 
@@ -86,20 +90,9 @@ def load_segmentor(
         ModelUnavailableError: weights that are not there or cannot be fetched.
     """
     check_vfm(host, vfm, vfm_pretrained)
-    if isinstance(model, str):
-        if processor is not None:
-            raise InputError(
-                f"processor was given, but model={model!r} takes none; it is for models of "
-                "transformers"
-            )
-        loaded = load_model(model, pretrained, device=device, dtype=dtype, cache_dir=cache_dir)
-    else:
-        if pretrained is not None:
-            raise InputError(
-                f"pretrained={pretrained!r} was given with a model that has its weights; leave it "
-                "out, or pass a name as the model"
-            )
-        loaded = from_transformers(model, processor, device=device, dtype=dtype)
+    loaded = loaded_model(
+        model, pretrained, processor, device=device, dtype=dtype, cache_dir=cache_dir
+    )
     default_vfm = LAYER if loaded.name == TINY else _DEFAULT_VFM
     built, guide = host_with_vfm(
         host,
@@ -285,20 +278,27 @@ class Segmentor:
         names, background_index = named_background(parse_classes(classes), prob_thd, background)
         queries = self._text.encode(classes, progress=text_progress)
         what = f"windows of {sizes.window} pixels, {window_batch} at once, on {self.loaded.device}"
-        advice = "lower window_batch, window or short_side"
-        not_finite = self._naming(picture.label)
-        with torch.inference_mode(), named_out_of_memory(what, advice), not_finite:
-            cosines = self._merged_cosines(picture, queries, sizes, window_batch, progress)
-            labels = label_map(
+        memory = named_out_of_memory(what, "lower window_batch, window or short_side")
+        with torch.inference_mode(), memory, self.loaded.naming(picture.label):
+            image = self.normalise(resized(picture, sizes.short_side, self.loaded.device))
+            cosines = windows.merged(
+                image,
+                lambda crops: self.window_cosines(crops, queries),
+                len(queries.features),
+                windows.plan(image.shape[-2], image.shape[-1], sizes.window, sizes.stride),
+                window_batch,
+                progress,
+            )
+            label_tensor = label_map(
                 cosines,
                 queries,
-                tuple(picture.rgb.shape[-2:]),
+                (picture.rgb.shape[-2], picture.rgb.shape[-1]),
                 prob_thd,
                 background_index,
                 scale=self.logit_scale,
             )
             # Waits for the device, so that the time is the whole one.
-            labels = labels.cpu().numpy()
+            labels = label_tensor.cpu().numpy()
             require_finite(cosines)
             compute_scores = partial(class_probabilities, cosines.cpu(), queries, self.logit_scale)
         settings = {
@@ -314,13 +314,7 @@ class Segmentor:
             ),
             "seconds": round(time.perf_counter() - start, 3),
         }
-        return Segmentation(
-            labels=labels,
-            compute_scores=compute_scores,
-            class_names=list(names),
-            settings=settings,
-            picture=picture,
-        )
+        return Segmentation(labels, compute_scores, list(names), settings, picture)
 
     def attentions_at(
         self,
@@ -371,9 +365,9 @@ class Segmentor:
             raise InputError("this segmentor has no feedback to look at: take with_feedback(True)")
         sizes = self._sizes(window, stride, short_side)
         picture = read_image(image)
-        working = self._working_image(picture, sizes.short_side)
+        working = self.normalise(resized(picture, sizes.short_side, self.loaded.device))
         queries = self._text.encode(classes)
-        with self._naming(picture.label):
+        with self.loaded.naming(picture.label):
             return window_attentions(
                 self, working, queries.features, patch, sizes, max_patches=max_patches
             )
@@ -388,47 +382,6 @@ class Segmentor:
     def _sizes(self, window: int | None, stride: int | None, short_side: int | None) -> Sizes:
         default = TINY_SIZES if self.loaded.name == TINY else PAPER_SIZES
         return default.override(window, stride, short_side, max(self.host.tower.patch_size))
-
-    def _merged_cosines(
-        self,
-        picture: Picture,
-        queries: TextQueries,
-        sizes: Sizes,
-        window_batch: int,
-        progress: Progress | None,
-    ) -> Tensor:
-        """Cosines (Q,h,w) at the working size, averaged over the windows."""
-        image = self._working_image(picture, sizes.short_side)
-        height, width = image.shape[-2:]
-        parts = windows.plan(height, width, sizes.window, sizes.stride)
-        merger = windows.WindowMerger(len(queries.features), height, width, image.device)
-        for first in range(0, len(parts), window_batch):
-            batch = parts[first : first + window_batch]
-            crops = torch.stack([image[(slice(None), *part.slices)] for part in batch])
-            for part, cosines in zip(batch, self.window_cosines(crops, queries), strict=True):
-                merger.add(part, cosines)
-            if progress is not None:
-                progress(min(first + window_batch, len(parts)), len(parts))
-        return merger.mean()
-
-    def _working_image(self, picture: Picture, short_side: int) -> Tensor:
-        """The picture resized and normalised, (3,h,w) float32 on the model's device."""
-        height, width = picture.rgb.shape[-2:]
-        scale = short_side / min(height, width)
-        size = tuple(min(LARGEST_SIDE, max(1, round(side * scale))) for side in (height, width))
-        device = self.loaded.device
-        image = picture.rgb.to(device).float()[None] / 255
-        if size != (height, width):
-            image = functional.interpolate(image, size=size, mode="bilinear", antialias=True)
-        return self.normalise(image[0])
-
-    @contextmanager
-    def _naming(self, picture: str) -> Iterator[None]:
-        """Names the picture and the checkpoint where numbers are not finite, wherever it shows."""
-        try:
-            yield
-        except NotFiniteError:
-            raise self.loaded.not_finite(picture) from None
 
     @torch.no_grad()
     def forward(self, windows: Tensor, text_features: Tensor) -> Tensor:
@@ -454,7 +407,7 @@ class Segmentor:
             unit = features.float()
             if not self.host.compared_as_they_are:
                 unit = functional.normalize(unit, dim=-1)
-            grid = self.host.grid(*windows.shape[-2:], vfm_features)
+            grid = self.host.grid(windows.shape[-2], windows.shape[-1], vfm_features)
             return (unit @ text_features.T).transpose(1, 2).unflatten(2, grid)
 
     def encode(self, classes: Classes, *, allow_repeats: bool = False) -> TextQueries:
@@ -488,6 +441,6 @@ class Segmentor:
     def padded(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Windows padded to whole patches, in the model's type, and where they begin in that."""
         of_vfm = self.vfm.multiple if self.vfm else 1
-        multiple = tuple(math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
-        padded, corner = windows.pad_to_multiple(crops, multiple)
+        rows, columns = (math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
+        padded, corner = windows.pad_to_multiple(crops, (rows, columns))
         return padded.to(self.loaded.dtype), corner

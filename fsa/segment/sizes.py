@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+from torch.nn import functional
+
 from fsa.arguments import integer_within
+from fsa.pictures.reading import Picture
 
 LARGEST_SIDE = 16384
 """Of a resized picture, in pixels."""
@@ -51,3 +56,14 @@ class Sizes:
 # and small scenes, and sees best through small windows (measured on `fsa.tiny.compose.VALIDATION`).
 PAPER_SIZES = Sizes(short_side=336, window=336, stride=112)
 TINY_SIZES = Sizes(short_side=224, window=112, stride=56)
+
+
+def resized(picture: Picture, short_side: int, device: torch.device) -> Tensor:
+    """The picture with this short side, (3,h,w) float32 in [0, 1] on the device."""
+    height, width = picture.rgb.shape[-2:]
+    scale = short_side / min(height, width)
+    size = tuple(min(LARGEST_SIDE, max(1, round(side * scale))) for side in (height, width))
+    image = picture.rgb.to(device).float()[None] / 255
+    if size != (height, width):
+        image = functional.interpolate(image, size=size, mode="bilinear", antialias=True)
+    return image[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,7 +21,7 @@ from fsa.files import make_room_for_png, write_whole
 from fsa.segment.inspection import PatchAttentions
 from fsa.segment.result import Segmentation
 from fsa.segment.segmentor import Segmentor
-from fsa.showcase.demonstration import TITLES
+from fsa.showcase.demonstration import title
 
 _PANEL_WIDTH = 360
 # Distinct for colour-blind readers; what covers less is seldom told apart by anyone.
@@ -64,15 +65,15 @@ def run(
             cannot be written.
     """
     make_room_for_png(out)
-    sizes = {"window": window, "stride": stride, "short_side": short_side}
+    sizes: dict[str, Any] = {"window": window, "stride": stride, "short_side": short_side}
     adapted = segmentor.segment(picture, classes, **sizes)
-    alone = segmentor.with_feedback(False).segment(picture, classes, **sizes)
+    baseline = segmentor.with_feedback(False).segment(picture, classes, **sizes)
     if patch is None:
         patch = _middle_patch(segmentor, adapted)
     seen = segmentor.attentions_at(picture, classes, patch, **sizes)
-    drawn = figure(alone, adapted, seen, patch)
+    drawn = figure(baseline, adapted, seen, patch)
     write_whole(out, lambda stream: drawn.save(stream, "PNG"))
-    changed = float((alone.labels != adapted.labels).mean())
+    changed = float((baseline.labels != adapted.labels).mean())
     return (
         f"patch {patch[0]},{patch[1]}: {int(seen.kept.sum())} of {seen.kept.size} patches kept; "
         f"feedback changes {changed:.1%} of the pixels\nwrote {out}"
@@ -86,12 +87,12 @@ def _middle_patch(segmentor: Segmentor, result: Segmentation) -> tuple[int, int]
 
 
 def figure(
-    alone: Segmentation, adapted: Segmentation, seen: PatchAttentions, patch: tuple[int, int]
+    baseline: Segmentation, adapted: Segmentation, seen: PatchAttentions, patch: tuple[int, int]
 ) -> Image.Image:
     """The picture and its labels without and with feedback over the patch's attention.
 
     Args:
-        alone, adapted: of the same picture and classes, without and with feedback.
+        baseline, adapted: of the same picture and classes, without and with feedback.
         seen: what the patch attends to.
         patch: as the user counts it.
     """
@@ -99,12 +100,12 @@ def figure(
     # Shown as large as the panels are, so that lines and hatching keep their width.
     shown = Image.fromarray(rgb)
     shown = shown.resize(fitted(shown.size, _PANEL_WIDTH), Image.Resampling.LANCZOS)
-    order, names = _largest_first(alone, adapted)
+    order, names = _largest_first(baseline, adapted)
     painted = [
         Image.fromarray(paint(rgb, order[result.labels], len(names))).resize(
             shown.size, Image.Resampling.LANCZOS
         )
-        for result in (alone, adapted)
+        for result in (baseline, adapted)
     ]
     scale = shown.width / seen.size[1]
     area = seen.area
@@ -122,7 +123,7 @@ def figure(
         attention_map(crop, seen.adapted, seen.patch),
     ]
     kept = f"feedback A_f: {int(seen.kept.sum())} of {seen.kept.size} patches kept"
-    host = TITLES.get(alone.settings["host"], alone.settings["host"])
+    host = title(baseline.settings["host"])
     colours = palette(len(names))
     shades = heat_colours(np.array([0.0, 0.5, 1.0]))
     legend = [(name, _triple(colour)) for name, colour in zip(names, colours, strict=True)]
@@ -154,13 +155,14 @@ def figure(
     )
 
 
-def _largest_first(alone: Segmentation, adapted: Segmentation) -> tuple[np.ndarray, list[str]]:
+def _largest_first(baseline: Segmentation, adapted: Segmentation) -> tuple[np.ndarray, list[str]]:
     """New numbers (C,) of the classes, the largest first, and names of those that occur.
 
     So the classes that matter get the colours that are easiest to tell apart.
     """
     count = len(adapted.class_names)
-    areas = sum(np.bincount(r.labels.ravel(), minlength=count) for r in (alone, adapted))
+    both = np.concatenate([baseline.labels.ravel(), adapted.labels.ravel()])
+    areas = np.bincount(both, minlength=count)
     by_area = np.argsort(-areas, kind="stable")
     order = np.empty(count, dtype=np.int64)
     order[by_area] = np.arange(count)
@@ -177,8 +179,10 @@ def _crop(picture: Image.Image, seen: PatchAttentions) -> np.ndarray:
 
 
 def _scaled(box: tuple[float, ...], scale: float) -> tuple[float, float, float, float]:
-    return tuple(side * scale for side in box)
+    left, top, right, bottom = (side * scale for side in box)
+    return left, top, right, bottom
 
 
 def _triple(colour: np.ndarray) -> tuple[int, int, int]:
-    return tuple(int(c) for c in colour)
+    red, green, blue = (int(channel) for channel in colour)
+    return red, green, blue

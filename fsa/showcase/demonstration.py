@@ -14,21 +14,24 @@ from fsa.draw.colours import palette
 from fsa.draw.figures import Panel, paint, panel_grid
 from fsa.evaluation.metrics import confusion, mean_iou
 from fsa.files import make_room_for_png, write_whole
+from fsa.hosts import host_class
+from fsa.hosts import names as host_names
 from fsa.segment.segmentor import Segmentor, load_segmentor
 from fsa.tiny.pictographs import UNSEEN_STYLE
 
+# To be read on a slide that is as wide as the figure.
+_PANEL_WIDTH, _TEXT_SIZE = 240, 22
 HOSTS = ("maskclip", "sclip", "clearclip", "proxyclip")
-TITLES = {
-    "clip": "CLIP",
-    "maskclip": "MaskCLIP",
-    "sclip": "SCLIP",
-    "clearclip": "ClearCLIP",
-    "proxyclip": "ProxyCLIP",
-}
 
 
-def run(out: Path) -> None:
-    """Segments the shipped pictures, prints the scores and writes the PNG.
+def title(host: str) -> str:
+    """A host's name as its paper writes it, such as "MaskCLIP" for "maskclip"."""
+    name = host_class(host).__name__ if host in host_names() else host
+    return name if name.lower() == host else host
+
+
+def run(out: Path) -> str:
+    """Segments the shipped pictures, writes the PNG and returns the scores as a table.
 
     Raises:
         InputError: the PNG cannot be written.
@@ -65,11 +68,13 @@ def run(out: Path) -> None:
 
     titles = ["", ""]
     for host in HOSTS:
-        titles += [TITLES[host], f"{TITLES[host]} + FSA"]
+        titles += [title(host), f"{title(host)} + FSA"]
     legends = [
         [
-            (name, tuple(int(c) for c in colour))
-            for name, colour in zip(scene.classes, palette(len(scene.classes)), strict=True)
+            (name, (int(red), int(green), int(blue)))
+            for name, (red, green, blue) in zip(
+                scene.classes, palette(len(scene.classes)), strict=True
+            )
         ]
         for scene in scenes
     ]
@@ -77,13 +82,13 @@ def run(out: Path) -> None:
         rows,
         titles,
         heading="The embedded model, each host without and with feedback self-adaptive attention",
-        panel_width=210,
+        panel_width=_PANEL_WIDTH,
+        text_size=_TEXT_SIZE,
         legends=legends,
-        labels=[f"scene {n + 1}, {_style(scene)}" for n, scene in enumerate(scenes)],
+        labels=[f"{n + 1}: {_style(scene)}" for n, scene in enumerate(scenes)],
     )
     write_whole(out, lambda stream: figure.save(stream, "PNG"))
-    print(_table(scores, len(scenes)))
-    print(f"wrote {out}")
+    return f"{_table(scores, len(scenes))}\nwrote {out}"
 
 
 def _style(scene: tiny.DemoScene) -> str:
@@ -109,9 +114,9 @@ def _table(scores: dict[tuple[str, bool], list[tuple[float, float]]], pictures: 
         f"{'host':<10} {'mIoU':>6} {'+ FSA':>6} {'gain':>6}   {'time':>6} {'+ FSA':>6}",
     ]
     for host in HOSTS:
-        alone, adapted = (np.mean(scores[host, feedback], axis=0) for feedback in (False, True))
+        baseline, adapted = (np.mean(scores[host, feedback], axis=0) for feedback in (False, True))
         lines.append(
-            f"{TITLES[host]:<10} {100 * alone[0]:6.1f} {100 * adapted[0]:6.1f} "
-            f"{100 * (adapted[0] - alone[0]):+6.1f}   {alone[1]:6.2f} {adapted[1]:6.2f}"
+            f"{title(host):<10} {100 * baseline[0]:6.1f} {100 * adapted[0]:6.1f} "
+            f"{100 * (adapted[0] - baseline[0]):+6.1f}   {baseline[1]:6.2f} {adapted[1]:6.2f}"
         )
     return "\n".join(lines)

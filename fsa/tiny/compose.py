@@ -169,7 +169,7 @@ def compose_split(split: Split, pictographs: Path, out: Path, count: int = PICTU
     for folder in ("images", "masks"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     (out / "classes.txt").write_text("".join(f"{name}\n" for name in split.class_names))
-    entries = []
+    entries: list[dict[str, Any]] = []
     for scenes in split.scenes(pictographs, count):
         for row, (objects, textures) in enumerate(
             zip(scenes.objects, scenes.textures, strict=True)

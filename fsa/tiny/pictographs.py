@@ -129,8 +129,8 @@ def _fit(picture: Image.Image) -> Image.Image:
     """Cropped to what is drawn, and scaled so that the longer side is SIZE."""
     picture = picture.crop(picture.getchannel("A").getbbox())
     scale = SIZE / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    return picture.resize(size, Image.Resampling.LANCZOS)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def main() -> None:

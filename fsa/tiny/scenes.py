@@ -58,7 +58,8 @@ class Sprites:
     def __init__(
         self, folder: Path, styles: Sequence[str], device: torch.device | str = "cpu"
     ) -> None:
-        pictures, members = [], []
+        pictures: list[np.ndarray] = []
+        members = []
         for entry in OBJECTS:
             files = [folder / style / f"{entry.codepoint}.png" for style in styles]
             files = [file for file in files if file.exists()]
@@ -164,7 +165,7 @@ class Composer:
 
     def _classes(self, indices: Sequence[int], uniform: np.ndarray) -> np.ndarray:
         """(B,K) objects; the first runs through all of them, in an order anew each time."""
-        classes = np.zeros(uniform.shape, dtype=int)
+        classes: np.ndarray = np.zeros(uniform.shape, dtype=int)
         orders: dict[int, np.ndarray] = {}
         for row, index in enumerate(indices):
             epoch, place = divmod(int(index), len(OBJECTS))
@@ -200,7 +201,7 @@ class Composer:
             torch.as_tensor(second, device=device)[:, None, None],
             torch.as_tensor(first, device=device)[:, None, None],
         ) + len(OBJECTS)
-        textures = [
+        textures: list[tuple[int, ...]] = [
             (len(OBJECTS) + int(a), len(OBJECTS) + int(b)) if two else (len(OBJECTS) + int(a),)
             for a, b, two in zip(first, second, parted, strict=True)
         ]

@@ -37,7 +37,7 @@ def _noise(
     return total / 1.6
 
 
-def _shaded(colour: Sequence[float], noise: np.ndarray, depth: float) -> np.ndarray:
+def _shaded(colour: Sequence[float] | np.ndarray, noise: np.ndarray, depth: float) -> np.ndarray:
     base = np.asarray(colour, dtype=np.float32)
     return base * (1 + depth * noise[..., None])
 

@@ -189,7 +189,7 @@ def test_class_lists_are_whole():
 
 
 def test_check_says_what_is_missing(tmp_path):
-    (problem, origin) = datasets.check("voc21", tmp_path)
+    problem, origin, _ = datasets.check("voc21", tmp_path)
     assert "there is no JPEGImages/ and no SegmentationClass/" in problem
     assert "VOCtrainval_11-May-2012.tar" in origin
     make("voc21", tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -102,3 +103,12 @@ def test_the_command(run, pairs):
         "runs, its text with transformers",
     ]
     assert run("models", "--markdown")[1].strip() == markdown(pairs)
+
+
+def test_the_table_of_the_documentation_is_the_generated_one(pairs):
+    page = (Path(__file__).parents[2] / "docs" / "hosts.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- models -->\n")[2].partition("\n<!-- end of models -->")[0]
+    made_for = re.search(r"open_clip (\S+) run", table).group(1)
+    if made_for != open_clip.__version__:
+        pytest.skip(f"the table is for open_clip {made_for}")
+    assert table == markdown(pairs), "run `fsa models --markdown` again"

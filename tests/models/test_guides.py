@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import timm
 import torch
@@ -18,6 +20,7 @@ SMALL = {
     "dinov2": "vit_little_patch16_reg4_gap_256",
     "dinov3": "vit_small_patch16_dinov3_qkvb",
     "mae": "vit_tiny_patch16_224",
+    "pe-spatial": "vit_pe_spatial_tiny_patch16_512",
 }
 
 
@@ -72,9 +75,38 @@ def test_dinov3_gives_patches_alone_and_knows_where_they_are(tower, small):
     assert not torch.allclose(features[..., 0, 1], features[..., 2, 4], atol=1e-5)
 
 
+needs_radio = pytest.mark.skipif(
+    not timm.is_model(vfm._KNOWN["c-radio"].timm_name), reason="this timm has no C-RADIO"
+)
+
+
+@needs_radio
+def test_radio_gives_patches_alone(tower, monkeypatch):
+    assert timm.is_model_pretrained(vfm._KNOWN["c-radio"].timm_name)
+    create = functools.partial(timm.create_model, depth=2, embed_dim=48, num_heads=3)
+    monkeypatch.setattr(vfm.timm, "create_model", create)
+    model = load("c-radio", tower)
+    assert model.model.num_prefix_tokens == 8
+    with torch.no_grad():
+        model.model.embeds.proj.weight.normal_()
+    images = torch.zeros(1, 3, 48, 80)
+    images[..., 16:32, 64:] = 1
+    blank, features = model(torch.zeros(1, 3, 48, 80)), model(images)
+    assert features.shape == (1, 48, 3, 5)
+    # The patch that differs is where the picture differs.
+    difference = (features - blank).norm(dim=1)[0]
+    assert divmod(int(difference.argmax()), 5) == (1, 4)
+
+
+def test_a_timm_without_the_model_is_told(tower, monkeypatch):
+    monkeypatch.setitem(vfm._KNOWN, "dino", vfm._Known("vit_of_tomorrow.dino"))
+    with pytest.raises(InputError, match=r"has no vit_of_tomorrow.dino; a newer one does"):
+        load("dino", tower)
+
+
 def test_the_names_are_models_of_timm():
-    for known in vfm._KNOWN.values():
-        assert timm.is_model_pretrained(known.timm_name)
+    for name, known in vfm._KNOWN.items():
+        assert name == "c-radio" or timm.is_model_pretrained(known.timm_name)
     assert vfm._KNOWN["sam"].side == 1024
 
 

@@ -109,6 +109,8 @@ def host_inputs(host, B, height, width, C, dtype=torch.float32):
         ("clearclip", None),
         ("proxyclip", CONFIG),
         ("naclip", CONFIG),
+        ("segearth", CONFIG),
+        ("pearl", CONFIG),
     ],
     ids=lambda value: value if isinstance(value, str) else "FSA" if value else "without FSA",
 )

@@ -212,7 +212,7 @@ def test_class_files_that_are_none_are_refused_by_name(content, message, tmp_pat
 
 def test_class_files_of_other_systems_are_read(tmp_path):
     file = tmp_path / "classes.txt"
-    file.write_bytes("\ufeffcat,  big   cat\r\nchâteau\r\n\r\n猫\r\n".encode())
+    file.write_bytes("\ufeffcat,  big   cat\r\nchâteau\r\n猫\r\n\r\n".encode())
     assert read_class_file(file) == [["cat", "big cat"], ["château"], ["猫"]]
 
 

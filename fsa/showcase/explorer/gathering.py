@@ -22,7 +22,7 @@ from fsa.pictures.reading import read_image
 from fsa.segment.inspection import WindowAttentions
 from fsa.segment.result import Segmentation
 from fsa.segment.segmentor import Segmentor
-from fsa.showcase.demonstration import TITLES
+from fsa.showcase.demonstration import title
 from fsa.showcase.explorer.packing import packed_cosines, packed_rows, run_lengths
 
 MAX_PATCHES = 1764
@@ -87,7 +87,7 @@ def gathered(
     return {
         "about": {
             "picture": picture.name,
-            "host": TITLES.get(segmentor.host_name, segmentor.host_name),
+            "host": title(segmentor.host_name),
             "model": segmentor.loaded.name,
             "pretrained": segmentor.loaded.pretrained,
             "vfm": segmentor.vfm.name if segmentor.vfm else None,

@@ -75,4 +75,4 @@ def page(data: dict[str, Any]) -> str:
 
 
 def _part(name: str) -> str:
-    return resources.files("fsa.showcase.explorer").joinpath("template", name).read_text("utf-8")
+    return resources.files("fsa.showcase.explorer").joinpath(f"template/{name}").read_text("utf-8")
