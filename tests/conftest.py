@@ -35,6 +35,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_the_session(tmp_path_factory):
+    """No test reads or writes the user's cache, and neither do the commands it starts."""
+    previous = os.environ.get("FSA_CACHE_DIR")
+    os.environ["FSA_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if previous is None:
+        del os.environ["FSA_CACHE_DIR"]
+    else:
+        os.environ["FSA_CACHE_DIR"] = previous
+
+
 @pytest.fixture
 def count_calls():
     """Of a list of modules, the numbers of those that are called from now on, in a list."""

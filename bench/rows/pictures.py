@@ -17,7 +17,7 @@ from bench.rows.hosts import BACKBONES, MODES, dino, explicit_dino, text_feature
 from bench.rows.published_hosts import PublishedHost, segment
 from fsa.models.guides import VFM
 from fsa.models.loading import LoadedModel
-from fsa.models.text import TextQueries
+from fsa.models.text import Progress, TextQueries
 from fsa.segment.segmentor import Segmentor
 
 
@@ -153,6 +153,6 @@ class _KnownQueries:
     def __init__(self, features: Tensor) -> None:
         self._features = features
 
-    def encode(self, classes: list[str]) -> TextQueries:
+    def encode(self, classes: list[str], progress: Progress | None = None) -> TextQueries:
         index = torch.arange(len(classes), device=self._features.device)
         return TextQueries(self._features, index, tuple(classes))

@@ -28,6 +28,7 @@ def compare(
     stride: options.Stride = None,
     short_side: options.ShortSide = None,
     device: options.Device = None,
+    cache: options.Cache = True,
     out: Annotated[Path, typer.Option(help="The picture that is written.")] = Path(
         "fsa-compare.png"
     ),
@@ -45,7 +46,13 @@ def compare(
     from fsa.segment.segmentor import load_segmentor
 
     segmentor = load_segmentor(
-        host.value, model, pretrained, vfm, device=device, vfm_pretrained=vfm_pretrained
+        host.value,
+        model,
+        pretrained,
+        vfm,
+        device=device,
+        vfm_pretrained=vfm_pretrained,
+        cache_text=cache,
     )
     sizes = {"window": window, "stride": stride, "short_side": short_side}
     typer.echo(shown(run(segmentor, picture, class_list, out, patch=place, **sizes)))

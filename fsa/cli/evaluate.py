@@ -152,6 +152,7 @@ def evaluate(
     device: options.Device = None,
     dtype: options.Dtype = None,
     backend: options.Backend = options.BackendName.auto,
+    cache: options.Cache = True,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results; default one under fsa-eval/.")
     ] = None,
@@ -222,6 +223,7 @@ def evaluate(
             dtype=dtype,
             backend=backend.value,
             vfm_pretrained=vfm_pretrained,
+            cache_text=cache,
         )
         segmentor = options.with_changes(segmentor, feedback_changes)
         on_gpu = segmentor.loaded.device.type == "cuda"

@@ -32,6 +32,7 @@ def explore(
     stride: options.Stride = None,
     short_side: options.ShortSide = None,
     device: options.Device = None,
+    cache: options.Cache = True,
     out: Annotated[Path, typer.Option(help="The page that is written.")] = Path("fsa-explore.html"),
 ) -> None:
     """Write one HTML page to look into FSA's feedback, patch by patch.
@@ -48,7 +49,13 @@ def explore(
     from fsa.segment.segmentor import load_segmentor
 
     segmentor = load_segmentor(
-        host.value, model, pretrained, vfm, device=device, vfm_pretrained=vfm_pretrained
+        host.value,
+        model,
+        pretrained,
+        vfm,
+        device=device,
+        vfm_pretrained=vfm_pretrained,
+        cache_text=cache,
     )
     segmentor = options.with_changes(segmentor, {"beta": beta, "confidence": confidence})
     sizes = {"window": window, "stride": stride, "short_side": short_side}

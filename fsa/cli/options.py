@@ -116,6 +116,12 @@ Dtype = Annotated[
 Backend = Annotated[
     BackendName, typer.Option(help='What computes FSA; "fsa info" says what auto chooses.')
 ]
+Cache = Annotated[
+    bool,
+    typer.Option(
+        "--cache/--no-cache", help="Keep the text features of class names for the next run, or not."
+    ),
+]
 
 
 def with_changes(segmentor: Segmentor, changes: dict[str, float | None]) -> Segmentor:

@@ -53,6 +53,7 @@ def segment(
     device: options.Device = None,
     dtype: options.Dtype = None,
     backend: options.Backend = options.BackendName.auto,
+    cache: options.Cache = True,
     cache_dir: Annotated[
         str | None, typer.Option(help="Where downloaded weights are kept.")
     ] = None,
@@ -96,6 +97,7 @@ def segment(
         backend=backend.value,
         cache_dir=cache_dir,
         vfm_pretrained=vfm_pretrained,
+        cache_text=cache,
     )
     segmentor = options.with_changes(segmentor, {"beta": beta, "confidence": confidence})
     settings: dict[str, Any] = {
@@ -143,7 +145,11 @@ def _segment_all(
             taken.add(stem.casefold())
             try:
                 result = segmentor.segment(
-                    file, classes, progress=_window_progress(bar, file), **settings
+                    file,
+                    classes,
+                    progress=_progress(bar, file, "window"),
+                    text_progress=_progress(bar, file, "texts"),
+                    **settings,
                 )
                 written = result.save(out, stem)
             except FSAError as error:
@@ -177,9 +183,9 @@ def _without_results(
     return [file for file in files if os.path.abspath(file) not in done]
 
 
-def _window_progress(bar: tqdm, file: Path) -> Callable[[int, int], None]:
+def _progress(bar: tqdm, file: Path, what: str) -> Callable[[int, int], None]:
     name = shown(file.name)
-    return lambda done, total: bar.set_postfix_str(f"{name}: window {done}/{total}")
+    return lambda done, total: bar.set_postfix_str(f"{name}: {what} {done}/{total}")
 
 
 def _summary(file: Path, result: Segmentation, overlay: Path) -> str:

@@ -89,8 +89,9 @@ class WindowMerger:
         self._count[rows, columns] += 1
 
     def mean(self) -> Tensor:
-        """The merged map (C,H,W); every pixel must be covered."""
-        return self._sum / self._count
+        """The merged map (C,H,W); every pixel must be covered, and nothing is added afterwards."""
+        # In place: of large pictures and many classes there is no memory for a second map.
+        return self._sum.div_(self._count)
 
 
 def merged(

@@ -13,8 +13,10 @@ from fsa.errors import InputError, NotFiniteError
 from fsa.models.text import TextQueries
 
 _BACKGROUND = "background"
-# Entries of one strip of full-size logits: 256 MiB in float32.
-_STRIP_ENTRIES = 1 << 26
+# Entries of one strip of full-size logits: on the CPU 4 MiB in float32, which stay in its caches;
+# on a GPU 256 MiB, so that launches are few.
+_STRIP_ENTRIES = 1 << 20
+_STRIP_ENTRIES_GPU = 1 << 26
 
 
 def named_background(
@@ -52,7 +54,7 @@ def class_probabilities(
     probabilities = (cosines * scale).softmax(dim=0)
     if len(queries.names) == len(queries.class_index):
         return probabilities
-    index = queries.class_index[:, None, None].expand_as(probabilities)
+    index = queries.class_index.to(cosines.device)[:, None, None].expand_as(probabilities)
     best = probabilities.new_zeros((len(queries.names), *probabilities.shape[1:]))
     return best.scatter_reduce(0, index, probabilities, "amax", include_self=True)
 
@@ -63,7 +65,8 @@ def require_finite(cosines: Tensor) -> None:
     Raises:
         NotFiniteError: cosines with NaN or inf, whose labels mean nothing.
     """
-    if not bool(cosines.isfinite().all()):
+    # Both propagate NaN; to look at each cosine would need memory for as many again.
+    if not bool(torch.stack(cosines.aminmax()).isfinite().all()):
         raise NotFiniteError("the cosines hold NaN or inf")
 
 
@@ -80,7 +83,9 @@ def label_map(
     """Labels (H,W) int32 at the picture's own size.
 
     The logits are upsampled in strips of rows, so that memory does not grow with classes times
-    pixels.
+    pixels. Without a background the softmax, which keeps the order, is left out: the label is the
+    class of the largest cosine, the first of equal ones. (The softmax may round cosines to equal
+    probabilities that differ in their last digits; here the larger cosine counts.)
 
     Args:
         cosines: (Q,h,w), merged over the windows of a picture.
@@ -102,17 +107,19 @@ def label_map(
         dropped = None
     height, width = size
     labels = torch.empty(size, dtype=torch.int32, device=cosines.device)
-    rows = max(1, _STRIP_ENTRIES // (len(cosines) * width))
+    entries = _STRIP_ENTRIES_GPU if cosines.is_cuda else _STRIP_ENTRIES
+    rows = max(1, entries // (len(cosines) * max(width, cosines.shape[2])))
     for top in range(0, height, rows):
         strip = slice(top, min(top + rows, height))
         maps = _upsampled_rows(cosines, size, strip)
+        if background_index is None:
+            labels[strip] = queries.class_index[maps.max(dim=0).indices].int()
+            continue
         probabilities = class_probabilities(maps, queries, scale)
         if dropped is not None:
             probabilities.masked_fill_(dropped[:, None, None], 0)
         best, index = probabilities.max(dim=0)
-        if background_index is not None:
-            index = index.masked_fill(best < prob_thd, background_index)
-        labels[strip] = index.int()
+        labels[strip] = index.masked_fill(best < prob_thd, background_index).int()
     return labels
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from fsa.draw.colours import colours_of_classes
 from fsa.draw.figures import overlay
@@ -26,17 +29,22 @@ class Segmentation:
     Attributes:
         labels: (H,W) int32 at the picture's own size (EXIF orientation applied), indices into
             `class_names`.
-        scores: (C,h,w) float32, probabilities of the classes asked for, at the working size.
+        compute_scores: what `scores` is computed by, when it is first asked for: () -> (C,h,w).
         class_names: the first name of each class; a background that was added comes last.
         settings: every setting that is needed to repeat the run.
         picture: what was segmented.
     """
 
     labels: np.ndarray
-    scores: np.ndarray
+    compute_scores: Callable[[], Tensor] = field(repr=False)
     class_names: list[str]
     settings: dict[str, Any]
     picture: Picture = field(repr=False)
+
+    @cached_property
+    def scores(self) -> np.ndarray:
+        """Probabilities (C,h,w) float32 of the classes asked for, at the working size."""
+        return self.compute_scores().numpy()
 
     def areas(self) -> dict[str, float]:
         """Share of the picture by class, largest first; classes that are absent have 0."""

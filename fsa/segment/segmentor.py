@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from fsa.config import SEGMENTATION_SCALE, FSAConfig, logit_scale_factor
 from fsa.errors import InputError, named_out_of_memory
 from fsa.models.guides import LAYER, VFM
 from fsa.models.loading import TINY, LoadedModel
-from fsa.models.text import TextEncoder, TextQueries
+from fsa.models.text import Progress, TextEncoder, TextQueries
+from fsa.models.text_cache import user_text_cache
 from fsa.ops.checks import autocast_off
 from fsa.pictures import windows
 from fsa.pictures.reading import read_image
@@ -33,12 +35,7 @@ from fsa.segment.assembly import (
 )
 from fsa.segment.graphs import GraphCache
 from fsa.segment.inspection import PatchAttentions, WindowAttentions, window_attentions
-from fsa.segment.labels import (
-    class_probabilities,
-    label_map,
-    named_background,
-    require_finite,
-)
+from fsa.segment.labels import class_probabilities, label_map, named_background, require_finite
 from fsa.segment.result import Segmentation
 from fsa.segment.sizes import PAPER_SIZES, TINY_SIZES, Sizes, resized
 
@@ -59,6 +56,7 @@ def load_segmentor(
     vfm_pretrained: bool | str | None = None,
     processor: Any = None,
     cuda_graph: bool = False,
+    cache_text: bool = True,
 ) -> Segmentor:
     """A segmentor for any class names.
 
@@ -84,6 +82,8 @@ def load_segmentor(
         processor: of a model of transformers: its `CLIPProcessor` or `SiglipProcessor`.
         cuda_graph: on a GPU, captures the forward once for each shape of a batch of windows and
             number of queries, and replays it; at most 8 graphs are kept.
+        cache_text: keeps the text features of class names on the disk for the next process, in
+            `fsa.models.text_cache.cache_folder`.
 
     Raises:
         InputError: an argument that is not accepted.
@@ -104,7 +104,7 @@ def load_segmentor(
     )
     # Raises here, before any picture, where the backend cannot run.
     fsa.explain(device=loaded.device, dtype=loaded.dtype, backend=backend)
-    text = TextEncoder(loaded)
+    text = TextEncoder(loaded, user_text_cache() if cache_text else None)
     return Segmentor(host_name(host), built, loaded, text, guide, feedback, cuda_graph=cuda_graph)
 
 
@@ -247,7 +247,8 @@ class Segmentor:
         prob_thd: float = 0.0,
         background: str | int | None = None,
         window_batch: int = 8,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
+        text_progress: Progress | None = None,
     ) -> Segmentation:
         """Labels every pixel of a picture with one of the classes.
 
@@ -265,6 +266,7 @@ class Segmentor:
                 one, else added.
             window_batch: how many windows are computed at once; it does not change the result.
             progress: called with (windows done, windows in all).
+            text_progress: called with (texts done, texts in all), as by `TextEncoder.encode`.
 
         Raises:
             InputError: a picture or an argument that is not accepted.
@@ -275,7 +277,7 @@ class Segmentor:
         integer_within("window_batch", window_batch, 1)
         picture = read_image(image)
         names, background_index = named_background(parse_classes(classes), prob_thd, background)
-        queries = self._text.encode(classes)
+        queries = self._text.encode(classes, progress=text_progress)
         what = f"windows of {sizes.window} pixels, {window_batch} at once, on {self.loaded.device}"
         memory = named_out_of_memory(what, "lower window_batch, window or short_side")
         with torch.inference_mode(), memory, self.loaded.naming(picture.label):
@@ -296,10 +298,10 @@ class Segmentor:
                 background_index,
                 scale=self.logit_scale,
             )
-            score_tensor = class_probabilities(cosines, queries, self.logit_scale)
             # Waits for the device, so that the time is the whole one.
-            labels, scores = label_tensor.cpu().numpy(), score_tensor.cpu().numpy()
+            labels = label_tensor.cpu().numpy()
             require_finite(cosines)
+            compute_scores = partial(class_probabilities, cosines.cpu(), queries, self.logit_scale)
         settings = {
             "fsa": fsa.__version__,
             "torch": torch.__version__,
@@ -313,13 +315,7 @@ class Segmentor:
             ),
             "seconds": round(time.perf_counter() - start, 3),
         }
-        return Segmentation(
-            labels=labels,
-            scores=scores,
-            class_names=list(names),
-            settings=settings,
-            picture=picture,
-        )
+        return Segmentation(labels, compute_scores, list(names), settings, picture)
 
     def attentions_at(
         self,

@@ -294,7 +294,8 @@ def in_transformers(model):
 
 @pytest.mark.parametrize("host", ["clip", "clearclip", "maskclip", "naclip", "proxyclip"])
 def test_the_same_weights_give_the_same_segmentation(host, processor):
-    scene = tiny.demo_scenes()[0]
+    # In some scenes a patch is kept or pruned by the last digit of float32.
+    scene = tiny.demo_scenes()[2]
     sizes = {"short_side": 96, "window": 96, "stride": 48}
     vfm = "layer" if host == "proxyclip" else None
     ours = fsa.load_segmentor(host=host, vfm=vfm)

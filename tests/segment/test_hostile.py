@@ -280,7 +280,7 @@ def test_files_of_other_things_than_tensors_are_refused(content, load_either, tm
 def result():
     labels = np.zeros((4, 5), np.int32)
     picture = Picture(torch.zeros(3, 4, 5, dtype=torch.uint8), "picture")
-    return Segmentation(labels, np.ones((1, 4, 5), np.float32), ["cat"], {}, picture)
+    return Segmentation(labels, lambda: torch.ones(1, 4, 5), ["cat"], {}, picture)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import stat
 from dataclasses import replace
@@ -347,7 +348,7 @@ def test_a_result_is_saved_whole(clearclip, picture, tmp_path):
 def test_many_classes_are_saved_with_16_bits(clearclip, picture, tmp_path):
     result = clearclip.segment(picture, CLASSES, **SMALL)
     names = [f"class {i}" for i in range(300)]
-    many = fsa.Segmentation(result.labels + 290, result.scores, names, {}, result.picture)
+    many = dataclasses.replace(result, labels=result.labels + 290, class_names=names)
     with Image.open(many.save(tmp_path)["labels"]) as labels:
         assert np.array_equal(np.asarray(labels), many.labels)
 

@@ -78,9 +78,8 @@ def test_the_command_names_what_is_damaged(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
         TextEncoder, "_encode_texts", lambda self, texts: torch.full((len(texts), 192), torch.nan)
     )
-    code, _, stderr = run(
-        "segment", tmp_path, "--classes", "cat; dog", "--device", "cpu", "--out", tmp_path / "out"
-    )
+    options = ["--device", "cpu", "--no-cache", "--out", tmp_path / "out"]
+    code, _, stderr = run("segment", tmp_path, "--classes", "cat; dog", *options)
     assert code == 1
     assert "the class names: tiny with the weights embedded makes NaN or inf" in stderr
 
