@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from itertools import chain
+from typing import Any
 
 import torch
 from open_clip.model import CLIP, CustomTextCLIP
@@ -22,7 +23,7 @@ _VISION = {"visual", "vision_model", "visual_projection"}
 _SETTINGS = (bool, int, float, str)
 
 
-def shortened(model: nn.Module, tokens: Tensor) -> tuple[nn.Module, Tensor]:
+def shortened(model: Any, tokens: Tensor) -> tuple[Any, Tensor]:
     """A model and tokens that give the same text features from fewer tokens.
 
     In a causal tower no token depends on a later one, and a tower that pools at the end-of-text
@@ -67,7 +68,8 @@ def fingerprint(model: nn.Module) -> str:
         if _of_text(name):
             whole.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             stored = tensor.detach().contiguous().cpu()
-            whole.update(stored.flatten().view(torch.uint8).numpy())
+            data: Any = stored.flatten().view(torch.uint8).numpy()
+            whole.update(data)
     return whole.hexdigest()
 
 
@@ -75,7 +77,7 @@ def _of_text(name: str) -> bool:
     return _VISION.isdisjoint(name.split("."))
 
 
-def _ends_of_text(model: nn.Module, tokens: Tensor) -> Tensor | None:
+def _ends_of_text(model: Any, tokens: Tensor) -> Tensor | None:
     """The positions (T,) at which the tower pools, or None where it may look beyond them."""
     # Whoever has replaced the method knows what it needs.
     if "encode_text" in vars(model):
@@ -114,7 +116,7 @@ def _causal(mask: Tensor | None) -> bool:
     return bool((mask[later] == -torch.inf).all())
 
 
-def _cut_to(tower: nn.Module, length: int) -> nn.Module:
+def _cut_to(tower: Any, length: int) -> Any:
     """A tower with the positions and the mask of shorter texts, and otherwise the same modules.
 
     A copy, because another thread may be running the tower itself.
