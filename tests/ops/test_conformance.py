@@ -266,8 +266,9 @@ def choices_of_classes(N: int, kinds: int) -> Tensor:
 
     Probabilities are 0, 1/2 and 1 to the bit. A similarity is then a sum of two terms at most, so
     patches of one kind are equally similar to the bit, in whatever order a product adds its terms.
+    No sums of two different terms are equal: those would be only within rounding.
     """
-    logits = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
+    logits = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]])
     membership = torch.randint(kinds, (N,), generator=torch.Generator().manual_seed(1))
     # exp(-2000) is 0 in every type.
     return 2000 * logits[membership][None].double()
@@ -400,7 +401,7 @@ def test_denormals_count_as_what_they_are(backend):
     torch.testing.assert_close(feedback[feedback > 0], torch.full((12,), 0.5).half())
 
 
-@pytest.mark.parametrize("beta", [-80.0, 0.0, 80.0])
+@pytest.mark.parametrize("beta", [0.0, 80.0])
 def test_the_steepest_scaling_stays_finite(backend, beta):
     logits = segment_logits(6, 4)[0].float()
     feedback = backend.attention(logits, config=FSAConfig(beta=beta))
