@@ -127,8 +127,9 @@ def variants() -> Iterator[Variant]:
                 "operands_ptr": "*fp16",
                 "h_ptr": "*fp32",
             }
+            bound = "<=" if plan.constants["WHOLE"] else ">"
             yield variant(
-                f"isolate C<={plan.constants['BLOCK_C']} {label}",
+                f"isolate C{bound}{plan.constants['BLOCK_C']} {label}",
                 isolate._isolate_kernel,
                 pointers,
                 plan,
