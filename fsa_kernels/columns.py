@@ -29,7 +29,7 @@ def write_columns(
     c,
     mask,
     attended,
-    own,
+    value,
     D,
     scale,
     AFTER: tl.constexpr,
@@ -41,12 +41,12 @@ def write_columns(
     width = columns_width(D, AFTER, BEFORE, ONLY)
     out = columns + n.to(tl.int64)[:, None] * width + c[None, :]
     if AFTER or ONLY:
-        first = attended if AFTER else own
+        first = attended if AFTER else value
         if AFTER and ONLY:
-            first += own
+            first += value
         tl.store(out, (first * scale).to(to_type), mask=mask)
     if BEFORE:
-        tl.store(out + (width - D), (own * scale).to(to_type), mask=mask)
+        tl.store(out + (width - D), (value * scale).to(to_type), mask=mask)
 
 
 @triton.jit
@@ -143,9 +143,9 @@ def _gather_kernel(
     attended = tl.load(attended, mask=mask, other=0.0)
     tl.store(gathered + n[:, None] * wide + c[None, :], attended, mask=mask)
     columns = columns_ptr + b * N * columns_width(D, AFTER, BEFORE, ONLY)
-    own = v.to(tl.float32)
+    value = v.to(tl.float32)
     attended = attended.to(tl.float32)
-    write_columns(columns, n, c, mask, attended, own, D, scale, AFTER, BEFORE, ONLY)
+    write_columns(columns, n, c, mask, attended, value, D, scale, AFTER, BEFORE, ONLY)
 
 
 def gather(

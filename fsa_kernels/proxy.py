@@ -208,20 +208,20 @@ def _apply_kernel(
         mass += tl.sum(tl.load(sums, mask=known, other=0.0), axis=0)
 
     # A row without any weight is its own value.
-    mine = inside & (i < N)[:, None] & wide
+    is_patch = inside & (i < N)[:, None] & wide
     v_i = v_image + i.to(tl.int64)[:, None] * stride_vn
-    own = tl.load(v_i, mask=mine, other=0.0)
-    result = tl.where((mass == 0.0)[:, None], own.to(tl.float32), total / mass[:, None])
+    value = tl.load(v_i, mask=is_patch, other=0.0)
+    result = tl.where((mass == 0.0)[:, None], value.to(tl.float32), total / mass[:, None])
     if ADD:
         add = add_ptr + b * stride_ab + i.to(tl.int64)[:, None] * stride_an
         add += d.to(tl.int64)[None, :] * stride_ad
-        result += tl.load(add, mask=mine, other=0.0).to(tl.float32)
+        result += tl.load(add, mask=is_patch, other=0.0).to(tl.float32)
     out = out_ptr + (b * (N + 1 if GATHER else N) + i)[:, None] * D + d[None, :]
     tl.store(out, result.to(out_ptr.dtype.element_ty), mask=inside & wide)
     if GATHER:
         columns = columns_ptr + b * N * columns_width(D, AFTER, BEFORE, ONLY)
-        own = own.to(tl.float32)
-        write_columns(columns, i, d, mine, result, own, D, scale, AFTER, BEFORE, ONLY)
+        value = value.to(tl.float32)
+        write_columns(columns, i, d, is_patch, result, value, D, scale, AFTER, BEFORE, ONLY)
 
 
 # --------------------------------------------------------------------------------------------------
