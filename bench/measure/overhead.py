@@ -175,6 +175,7 @@ def _host(name: str, text: Any, config: Any) -> dict[str, Callable[[], Any]]:
     from open_clip.transformer import VisionTransformer
 
     from fsa import hosts, ops
+    from fsa.hosts import LastBlock
 
     side = 4 * _PATCH
     visual = VisionTransformer(
@@ -190,7 +191,7 @@ def _host(name: str, text: Any, config: Any) -> dict[str, Callable[[], Any]]:
     images = torch.randn(1, 3, side, side).half()
     tokens = host.tower.trunk(images)
     vfm = torch.randn(1, 12, 4, 4).half() if host.needs_vfm else None
-    attention = host.attention(tokens, images, vfm, config)
+    attention = host.attention(LastBlock(host.tower, images, tokens, vfm), config)
     first = host.tail(tokens, attention.step.gathered)
     patches, uniform = first[:, :_N], first[:, _N:]
 

@@ -33,7 +33,7 @@ def compare(
         "fsa-compare.png"
     ),
 ) -> None:
-    """Show how FSA changes the labels of a picture and the attention of one of its patches.
+    """Show how FSA changes a picture's labels and a patch's attention.
 
     One PNG: the labels without and with FSA, and below them what the patch attends to before, which
     patches feedback keeps for it, and what it attends to after.

@@ -12,7 +12,10 @@ def models(
         bool, typer.Option("--markdown", help="The table of the documentation, by family.")
     ] = False,
 ) -> None:
-    """Every pretrained model of open_clip: whether it runs, and if not why. Downloads nothing."""
+    """List which of open_clip's pretrained models run.
+
+    Downloads nothing, and says why a model is refused.
+    """
     from fsa.models.catalogue import catalogue, listing, summary
     from fsa.models.catalogue import markdown as table
 

@@ -359,6 +359,7 @@ class Mishaps(Row):
         }
 
 
+@pytest.mark.slow
 def test_a_crash_is_recorded_and_stops_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(runner._PATIENCE, "cpu", 10.0)
     after = OpRow("op", 1, 16, 3)
@@ -576,6 +577,7 @@ def toy_inputs(monkeypatch):
     monkeypatch.setattr(contenders.gc, "collect", lambda *_: 0)
 
 
+@pytest.mark.slow
 def test_the_whole_run_on_a_gpu_from_rows_to_plots(
     pretended_gpu, toy_inputs, tmp_path, monkeypatch
 ):
@@ -895,6 +897,7 @@ def test_code_with_changes_is_not_that_of_its_commit(tmp_path, monkeypatch):
     assert environment.commit() == f"{clean}-dirty"
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_is_one_record(tmp_path):
     file = tmp_path / "gpu.json"
     jobs = [

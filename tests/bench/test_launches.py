@@ -31,7 +31,7 @@ COUNTS = {
     "clearclip": (129, 12),
     "proxyclip": (263, 8),
     "naclip": (142, 12),
-    "segearth": (147, 16),
+    "segearth": (146, 16),
     "pearl": (189, 12),
     "qk": (129, 12),
     "qq": (129, 12),

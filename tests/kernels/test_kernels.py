@@ -219,6 +219,7 @@ def test_rows_of_two_values_keep_ties_lowest_index_first(N, config, long_rows):
 
 @pytest.mark.parametrize("long_rows", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.slow
 def test_blocks_of_rows_applied_are_the_whole_applied(dtype, long_rows, monkeypatch):
     from fsa_kernels import feedback, launch
 

@@ -37,6 +37,7 @@ def in_a_new_process(code):
         "tiny.demo_scenes",
     ],
 )
+@pytest.mark.slow
 def test_a_module_is_reached_after_import_fsa(name):
     in_a_new_process(f"import fsa\nfsa.{name}")
 
