@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -71,9 +71,9 @@ def stop() -> None:
         # of a tensor. Before torch 2.8 a group keeps the lock while it ends, for ever then; its
         # backend gives the lock up, so there the backend has to be what ends last.
         backend = None
-        world: Any = distributed.group.WORLD
         if torch.__version__ < "2.8":
-            backend = world._get_backend(torch.device("cpu"))
+            # Not by a name of its own, which would keep the group.
+            backend = cast(Any, distributed.group.WORLD)._get_backend(torch.device("cpu"))
         distributed.destroy_process_group()
         del backend
 

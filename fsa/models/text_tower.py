@@ -90,9 +90,9 @@ def _ends_of_text(model: Any, tokens: Tensor) -> Tensor | None:
             return tokens.argmax(dim=-1)
         return _first(tokens, end)
     if type(model) is CLIP:
-        tower, pooling, end = model, model.text_pool_type, model.text_eos_id
+        tower, pooling, end = model, model.text_pool_type, _end_of(model, "text_eos_id")
     elif type(model) is CustomTextCLIP and type(model.text) is TextTransformer:
-        tower, pooling, end = model.text, model.text.pool_type, model.text.eos_id
+        tower, pooling, end = model.text, model.text.pool_type, _end_of(model.text, "eos_id")
         if tower.cls_emb is not None or tower.use_pad_mask:
             return None
     else:
@@ -101,7 +101,12 @@ def _ends_of_text(model: Any, tokens: Tensor) -> Tensor | None:
         return None
     if pooling == "argmax":
         return tokens.argmax(dim=-1)
-    return _first(tokens, end) if pooling == "eos" else None
+    return _first(tokens, end) if pooling == "eos" and end is not None else None
+
+
+def _end_of(tower: Any, name: str) -> int | None:
+    """The token that ends a text; open_clip before 3.1 has no such setting, and no use for one."""
+    return getattr(tower, name, None)
 
 
 def _first(tokens: Tensor, end: int) -> Tensor:
