@@ -204,11 +204,8 @@ def apply_affinity(rows: int, D: int, dtype: torch.dtype, gather: bool) -> Launc
     half = dtype.itemsize == 2
     block_m = 128 if half and rows > 1024 else 64
     block_d = 64 if gather else block_m
-    blocks = {
-        "BLOCK_M": block_m,
-        "BLOCK_N": 64 if half else 32,
-        "BLOCK_D": min(block_d, max(16, next_power_of_2(D))),
-    }
-    # In three stages a tile of 128 x 64 spills 8 bytes on sm_80.
-    stages = 3 if half and (block_m, blocks["BLOCK_D"]) != (128, 64) else 2
-    return Launch(blocks, num_warps=8 if block_m == 128 else 4, num_stages=stages)
+    block_d = min(block_d, max(16, next_power_of_2(D)))
+    # In steps of 64 weights, a tile of 128 x 128 spills 8 bytes on sm_80.
+    block_n = 64 if half and block_d < 128 else 32
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
+    return Launch(blocks, num_warps=8 if block_m == 128 else 4, num_stages=3 if half else 2)

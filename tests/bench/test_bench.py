@@ -684,7 +684,7 @@ def test_a_session_runs_the_tests_of_kernels_ops_graphs_and_compilation():
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.rehearsal
 def test_a_session_is_rehearsed_from_end_to_end(tmp_path):
     before = {file: file.read_bytes() for file in RESULTS.iterdir()}
     result = subprocess.run(
