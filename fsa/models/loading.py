@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -233,12 +234,22 @@ def _check_name(name: str) -> None:
 
 
 def _check_tower(name: str) -> None:
-    """Refuses a model by its vision tower, before weights are asked for; without memory for it."""
+    """Refuses a model by its vision tower, before weights are asked for."""
     settings = open_clip.get_model_config(name)
-    with _quiet(), torch.device("meta"):
-        visual = _build_vision_tower(
-            settings["embed_dim"], settings["vision_cfg"], settings.get("quick_gelu", False)
-        )
+    build = partial(
+        _build_vision_tower,
+        settings["embed_dim"],
+        settings["vision_cfg"],
+        settings.get("quick_gelu", False),
+    )
+    with _quiet():
+        try:
+            # Without memory for it.
+            with torch.device("meta"):
+                visual = build()
+        # timm before 1.0.21 looks into the weights that it makes. NotImplementedError is one, too.
+        except RuntimeError:
+            visual = build()
     try:
         tower_of(visual)
     except InputError as error:

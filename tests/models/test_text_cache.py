@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from open_clip import OPENAI_IMAGENET_TEMPLATES, SimpleTokenizer
-from open_clip.model import CLIP, CustomTextCLIP
+from open_clip.model import CLIP, CLIPTextCfg, CustomTextCLIP
 from torch import nn
 
 import fsa
@@ -70,6 +70,8 @@ class TestShortenedTexts:
     @pytest.mark.parametrize("cls", [CLIP, CustomTextCLIP])
     @pytest.mark.parametrize("pooling", [{}, {"pool_type": "eos", "eos_id": 49407}])
     def test_causal_towers(self, cls, pooling):
+        if not set(pooling) <= {field.name for field in dataclasses.fields(CLIPTextCfg)}:
+            pytest.skip("this open_clip does not know where a text ends")
         model, tokens = random_clip(cls, **pooling), tokens_of(["cat", "traffic light"])[::5]
         expected = model.encode_text(tokens)
         short, cut = shortened(model, tokens)

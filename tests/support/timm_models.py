@@ -6,12 +6,15 @@ that open_clip's `TimmModel` makes it as it makes the large one.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
+import pytest
 import timm
 import torch
 from open_clip.timm_model import TimmModel
 from timm.models import register_model
+from timm.models.eva import EvaBlockPostNorm
 
 _NARROW = {"embed_dim": 48, "num_heads": 3, "depth": 3}
 _EXTRAS = {"qk_norm": True, "init_values": 0.5, "reg_tokens": 2, "no_embed_class": True}
@@ -73,11 +76,15 @@ def _registered(name: str, family: Family) -> str:
     return small.__name__
 
 
+POST_NORM_RUNS = "swiglu_align_to" in inspect.signature(EvaBlockPostNorm).parameters
+
 NAMES = {name: _registered(name, family) for name, family in FAMILIES.items()}
 """Their names in timm."""
 
 
 def random_timm_model(name: str, dtype=torch.float32) -> TimmModel:
+    if name == "eva02-post-norm" and not POST_NORM_RUNS:
+        pytest.skip(f"timm {timm.__version__} cannot make EVA's blocks with norms after them")
     family = FAMILIES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
