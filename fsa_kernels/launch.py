@@ -165,7 +165,7 @@ def select_long() -> Launch:
 @lru_cache(maxsize=256)
 def gather() -> Launch:
     """Values and attended values side by side, and their mean."""
-    blocks = {"BLOCK_N": 16, "BLOCK_D": 64, "MEAN_ROWS": 512, "MEAN_COLUMNS": 16}
+    blocks = {"BLOCK_N": 16, "BLOCK_D": 64, "MEAN_ROWS": 128, "MEAN_COLUMNS": 16}
     return Launch(blocks, num_warps=4)
 
 
