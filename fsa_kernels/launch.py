@@ -81,13 +81,6 @@ def weights_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if interpreted else dtype
 
 
-def gather_shapes(
-    B: int, N: int, D: int, *, after: bool, before: bool, only: bool
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Shapes of what `fsa_kernels.columns.gather` returns."""
-    return (B, N + 1, D), (B, N, 2 * D if before and (after or only) else D)
-
-
 def feature_step(dtype: torch.dtype) -> int:
     """The affinity product runs over features in steps of this many; they are padded to it."""
     return 128 // dtype.itemsize
