@@ -225,7 +225,8 @@ def quick() -> Iterator[KernelCall]:
     yield KernelCall("strides of zero", _strides_of_zero)
     yield KernelCall("features of a host, large tiles", from_features(1, 1764, 171))
     yield KernelCall("features, a uniform row each", from_features(1, 49, 21, uniform="each"))
-    yield KernelCall("heads", gathered(1, 49))
+    for terms in every_adaptations():
+        yield KernelCall(f"heads, {terms}", gathered(1, 441, adaptations=terms))
     yield KernelCall("ProxyCLIP, large tiles", proxied(1, 1764))
     yield KernelCall("ProxyCLIP, streamed", proxied(1, 64, stored=False))
     yield KernelCall("rows in blocks", _applied)

@@ -628,7 +628,8 @@ def logits_of(
     return [None if c is None else scale * c for c, scale in zip(cosines, scales, strict=True)]
 
 
-FEATURE_SIZES = [(1, 1, 3), (33, 21, 70), (20, 70, 128)]
+# The last one has more classes than registers hold.
+FEATURE_SIZES = [(1, 1, 3), (33, 21, 70), (20, 70, 128), (5, 300, 40)]
 UNIFORM_ROWS = ["none", "one", "each"]
 
 
