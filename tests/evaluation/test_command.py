@@ -322,7 +322,8 @@ def test_the_rows_of_the_papers_ablations():
     for table, row in (("pruning", "scaled"), ("isolation", "on"), ("adaptations", "ensemble")):
         assert of[table, row] == base
     for name in ("confidence", "beta"):
-        swept = sweep.rows([name], base)
+        baseline, *swept = sweep.rows([name], base)
+        assert baseline.config is None
         assert base in [row.config for row in swept]
         assert len({getattr(row.config, name) for row in swept}) == len(swept) >= 7
     assert len(sweep.rows(["scaling"], base)) == 2

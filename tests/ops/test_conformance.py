@@ -376,9 +376,7 @@ def test_certain_predictions(backend, gap):
     generator = torch.Generator().manual_seed(gap)
     logits = torch.randn(1, 60, 20, generator=generator)
     logits[0, torch.arange(60), torch.randint(20, (60,), generator=generator)] += gap
-    assert_conforms(
-        backend.attention(logits), logits, similarity_margin=CERTAIN_SIMILARITY_MARGIN
-    )
+    assert_conforms(backend.attention(logits), logits, similarity_margin=CERTAIN_SIMILARITY_MARGIN)
 
 
 def test_denormals_count_as_what_they_are(backend):
