@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,41 +13,88 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from fsa.arguments import as_integer
 from fsa.draw.colours import colours_of_classes
-from fsa.draw.figures import overlay
+from fsa.draw.figures import class_counts, overlay
+from fsa.errors import InputError
 from fsa.files import RESULT_ENDINGS, free_stem, make_directory, safe_stem, write_whole
 from fsa.pictures.reading import Picture
+from fsa.segment.probabilities import ClassMaps
 
 _PALETTE_CLASSES = 256
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Segmentation:
     """A labelled picture.
 
     Attributes:
-        labels: (H,W) int32 at the picture's own size (EXIF orientation applied), indices into
-            `class_names`.
-        compute_scores: what `scores` is computed by, when it is first asked for: () -> (C,h,w).
+        label_tensor: (H,W) int32 at the picture's own size (EXIF orientation applied), indices into
+            `class_names`; on the CPU, or where it was asked for on the model's device.
+        maps: how probable the classes are, computed when it is asked for.
         class_names: the first name of each class; a background that was added comes last.
         settings: every setting that is needed to repeat the run.
         picture: what was segmented.
     """
 
-    labels: np.ndarray
-    compute_scores: Callable[[], Tensor] = field(repr=False)
+    label_tensor: Tensor
+    maps: ClassMaps
     class_names: list[str]
     settings: dict[str, Any]
-    picture: Picture = field(repr=False)
+    picture: Picture
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """(H,W) int32, `label_tensor` in NumPy; without a copy where that is on the CPU."""
+        return self.label_tensor.cpu().numpy()
+
+    @cached_property
+    def score_tensor(self) -> Tensor:
+        """Probabilities (C,h,w) float32 of the classes asked for, at the working size, where
+        `label_tensor` is.
+
+        Raises:
+            InputError: as `probabilities`.
+        """
+        return self.maps.scores()
 
     @cached_property
     def scores(self) -> np.ndarray:
-        """Probabilities (C,h,w) float32 of the classes asked for, at the working size."""
-        return self.compute_scores().numpy()
+        """`score_tensor` in NumPy, without a copy where that is on the CPU."""
+        return self.score_tensor.cpu().numpy()
+
+    def probabilities(self, name: str | int) -> np.ndarray:
+        """How probable a class is at every pixel, (H,W) float32 at the picture's own size.
+
+        Args:
+            name: the name or the number of a class that was asked for.
+
+        Raises:
+            InputError: another name or number; the cosines of a picture of which more than 1 GiB
+                would have had to be kept.
+        """
+        return self.maps.of_class(self._number(name)).cpu().numpy()
+
+    def _number(self, name: str | int) -> int:
+        names = self.maps.queries.names
+        number = as_integer(name)
+        if number is None and name in names:
+            number = names.index(str(name))
+        if number is None or not 0 <= number < len(names):
+            raise InputError(
+                f"{name!r} is not one of the {len(names)} classes that were asked for, by its "
+                "first name or its number"
+            )
+        return number
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        """Pixels of each class, (C,) int64."""
+        return class_counts(self.labels, len(self.class_names))
 
     def areas(self) -> dict[str, float]:
         """Share of the picture by class, largest first; classes that are absent have 0."""
-        counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
+        counts = self._counts
         order = np.argsort(-counts, kind="stable")
         return {self.class_names[i]: float(counts[i] / self.labels.size) for i in order}
 
@@ -62,8 +108,7 @@ class Segmentation:
         if len(self.class_names) > _PALETTE_CLASSES:
             return Image.fromarray(self.labels.astype(np.uint16))
         image = Image.fromarray(self.labels.astype(np.uint8))
-        counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
-        image.putpalette(colours_of_classes(counts).tobytes())
+        image.putpalette(colours_of_classes(self._counts).tobytes())
         return image
 
     def save(self, directory: str | os.PathLike[str], stem: str | None = None) -> dict[str, Path]:
