@@ -205,7 +205,7 @@ class Segmentor(WindowModel):
         Raises:
             InputError: arguments that `segment` accepts with no picture.
         """
-        sizes = self._sizes(window, stride, short_side)
+        sizes = self.sizes(window, stride, short_side)
         integer_within("window_batch", window_batch, 1)
         names, background_index = named_background(parse_classes(classes), prob_thd, background)
         return {
@@ -347,7 +347,7 @@ class Segmentor(WindowModel):
             segmentor=self,
             queries=queries,
             names=names,
-            sizes=self._sizes(options["window"], options["stride"], options["short_side"]),
+            sizes=self.sizes(options["window"], options["stride"], options["short_side"]),
             choice=Choice(queries, prob_thd, background_index, self.logit_scale),
             window_batch=options["window_batch"],
             settings={"fsa": fsa.__version__, "torch": torch.__version__, **settings},
@@ -401,7 +401,7 @@ class Segmentor(WindowModel):
         """
         if self.config is None:
             raise InputError("this segmentor has no feedback to look at: take with_feedback(True)")
-        sizes = self._sizes(window, stride, short_side)
+        sizes = self.sizes(window, stride, short_side)
         picture = read_image(image)
         working = self.normalise(resized(picture, sizes.short_side, self.loaded.device))
         queries = self._text.encode(classes)
@@ -417,7 +417,14 @@ class Segmentor(WindowModel):
 
         return explore(self, image, classes, out, **options)
 
-    def _sizes(self, window: int | None, stride: int | None, short_side: int | None) -> Sizes:
+    def sizes(
+        self, window: int | None = None, stride: int | None = None, short_side: int | None = None
+    ) -> Sizes:
+        """The sizes that `segment` takes: those given, and the defaults of the model for others.
+
+        Raises:
+            InputError: a size that is not accepted.
+        """
         default = TINY_SIZES if self.loaded.name == TINY else PAPER_SIZES
         return default.override(window, stride, short_side, max(self.host.tower.patch_size))
 

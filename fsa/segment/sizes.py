@@ -65,19 +65,19 @@ TINY_SIZES = Sizes(short_side=224, window=112, stride=56)
 _WHOLE_ENTRIES = 1 << 26
 
 
-def working_size(picture: Picture, short_side: int) -> tuple[int, int]:
-    """(h,w) of the picture with this short side."""
-    height, width = picture.rgb.shape[-2:]
-    scale = short_side / min(height, width)
-    rows, columns = (min(LARGEST_SIDE, max(1, round(side * scale))) for side in (height, width))
+def working_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """(h,w) of a picture of `size` (H,W) with this short side."""
+    scale = short_side / min(size)
+    rows, columns = (min(LARGEST_SIDE, max(1, round(side * scale))) for side in size)
     return rows, columns
 
 
 def resized(picture: Picture, short_side: int, device: torch.device) -> Tensor:
     """The picture with this short side, (3,h,w) float32 in [0, 1] on the device."""
-    size = working_size(picture, short_side)
+    own = (picture.rgb.shape[-2], picture.rgb.shape[-1])
+    size = working_size(own, short_side)
     image = picture.rgb.to(device).float()[None].div_(255)
-    if size != tuple(picture.rgb.shape[-2:]):
+    if size != own:
         image = functional.interpolate(image, size=size, mode="bilinear", antialias=True)
     return image[0]
 
@@ -99,7 +99,7 @@ class WorkingPicture:
         normalise: Callable[[Tensor], Tensor],
         device: torch.device,
     ) -> None:
-        self.size = working_size(picture, short_side)
+        self.size = working_size((picture.rgb.shape[-2], picture.rgb.shape[-1]), short_side)
         self._picture, self._normalise, self._device = picture, normalise, device
         entries = max(picture.rgb.numel(), 3 * self.size[0] * self.size[1])
         # The rows that were made last, and the number of the first: windows come row by row.
