@@ -216,6 +216,9 @@ def load_segmentor(
         InputError, ModelUnavailableError: as `fsa.load_segmentor`; a change that is not accepted,
             or where there is no feedback.
     """
+    from fsa.cli.startup import import_model_libraries
+
+    import_model_libraries(model.model)
     from fsa.segment.segmentor import load_segmentor
 
     arguments: dict[str, Any] = {
