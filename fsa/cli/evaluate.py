@@ -225,6 +225,8 @@ def evaluate(
             vfm_pretrained=vfm_pretrained,
             cache_text=cache,
         )
+        if not quiet and group.rank == 0:
+            options.announce_dtype(dtype, segmentor)
         segmentor = options.with_changes(segmentor, feedback_changes)
         on_gpu = segmentor.loaded.device.type == "cuda"
         run_options = {

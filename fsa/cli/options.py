@@ -111,7 +111,10 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32, float16 or bfloat16; default float16 on a GPU, else float32."),
+    typer.Option(
+        help="float32, float16, bfloat16, or auto for what is fastest on this machine; default "
+        "float16 on a GPU, else float32."
+    ),
 ]
 Backend = Annotated[
     BackendName, typer.Option(help='What computes FSA; "fsa info" says what auto chooses.')
@@ -122,6 +125,16 @@ Cache = Annotated[
         "--cache/--no-cache", help="Keep the text features of class names for the next run, or not."
     ),
 ]
+
+
+def announce_dtype(dtype: str | None, segmentor: Segmentor) -> None:
+    """Says on the error output what --dtype auto has taken, and why."""
+    from fsa.models.loading import AUTO, fastest_dtype
+
+    if dtype == AUTO:
+        fastest, reason = fastest_dtype(segmentor.loaded.device)
+        name = str(fastest).removeprefix("torch.")
+        typer.echo(f"--dtype auto takes {name}: {reason}", err=True)
 
 
 def with_changes(segmentor: Segmentor, changes: dict[str, float | None]) -> Segmentor:

@@ -99,6 +99,8 @@ def segment(
         vfm_pretrained=vfm_pretrained,
         cache_text=cache,
     )
+    if not quiet:
+        options.announce_dtype(dtype, segmentor)
     segmentor = options.with_changes(segmentor, {"beta": beta, "confidence": confidence})
     settings: dict[str, Any] = {
         "window": window,
