@@ -54,7 +54,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Published settings to use: fsa, proxyclip, sclip, clearclip, clearclip-224, "
-            "naclip or tiny; default those the host was published with."
+            "naclip, pearl or tiny; default those the host was published with."
         ),
     ] = None,
     short_side: Annotated[
@@ -98,6 +98,13 @@ def evaluate(
         typer.Option(
             help="Steps of PAMR, which refines the labels by the colours of the picture; default "
             "the preset's."
+        ),
+    ] = None,
+    propagation_grid: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows and columns of cells on which PEARL's propagation spreads the classes over "
+            "the picture, 0 for none; default the preset's."
         ),
     ] = None,
     antialias: Annotated[
@@ -190,6 +197,7 @@ def evaluate(
         area_thd=area_thd,
         logit_scale=logit_scale,
         pamr_steps=pamr_steps,
+        propagation_grid=propagation_grid,
         antialias=antialias,
     )
 

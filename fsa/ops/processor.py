@@ -7,7 +7,7 @@ give the same bits.
 from __future__ import annotations
 
 import platform
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ _INTEL = "GenuineIntel"
 _BFLOAT16_UNITS = {"AMX": "_is_amx_tile_supported", "AVX512-BF16": "_is_avx512_bf16_supported"}
 
 
-@lru_cache(maxsize=None)
+@cache
 def bfloat16_units() -> tuple[str, ...]:
     """The units for products of bfloat16 matrices that PyTorch finds and can use, best first.
 
@@ -36,7 +36,7 @@ def bfloat16_units() -> tuple[str, ...]:
     return tuple(found)
 
 
-@lru_cache(maxsize=None)
+@cache
 def float32_by_onednn() -> bool:
     """Whether oneDNN is the faster library for large float32 products, rather than PyTorch's BLAS.
 
