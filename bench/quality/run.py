@@ -40,7 +40,16 @@ from fsa.models.tower import Tower
 from fsa.pictures import windows
 from fsa.segment.inspection import Attentions, attentions
 from fsa.segment.segmentor import load_segmentor
-from fsa.tiny.compose import NAMES, PICTURES, SIDE, SINGLES, TESTS, Split, asked_classes
+from fsa.tiny.compose import (
+    NAMES,
+    PICTURES,
+    SIDE,
+    SINGLE_PICTURES,
+    SINGLES,
+    TESTS,
+    Split,
+    asked_classes,
+)
 from fsa.tiny.vocabulary import CLASSES, OBJECTS
 
 FILE = RESULTS / "quality.json"
@@ -389,7 +398,7 @@ def top1(evaluator: Evaluator, split: Split, pictographs: Path) -> dict[str, Any
     """Accuracy among all object names on scenes of one object, by the model's own embedding."""
     text = evaluator.text(split.class_names)[: len(OBJECTS)]
     right = []
-    for scenes in split.scenes(pictographs, len(OBJECTS)):
+    for scenes in split.scenes(pictographs, SINGLE_PICTURES):
         best = (evaluator.image_features(scenes.pictures) @ text.T).argmax(dim=1)
         right.append(best == torch.tensor([objects[0] for objects in scenes.objects]))
     outcome = torch.cat(right).numpy()
