@@ -54,8 +54,14 @@ from fsa.tiny.vocabulary import CLASSES, OBJECTS
 
 FILE = RESULTS / "quality.json"
 
-# "qq" is ClearCLIP.
-HOSTS = ("clip", "maskclip", "sclip", "clearclip", "proxyclip", "qk", "kk", "vv")
+# Host and options by what the results call them; "qq" is ClearCLIP.
+HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip": ("clip", {}),
+    "maskclip": ("maskclip", {}),
+    "sclip": ("sclip", {}),
+    "sclip, matched mass": ("sclip", {"match_mass": True}),
+    **{name: (name, {}) for name in ("clearclip", "proxyclip", "qk", "kk", "vv")},
+}
 PROTOCOLS = (f"{NAMES} names", "all names")
 TOP_K = (1, 5, 10)
 
@@ -126,7 +132,9 @@ class Evaluator:
         self._text = TextEncoder(self.loaded)
         visual = self.loaded.model.visual
         self.tower = SharedTower(visual)
-        self.hosts = {name: hosts.build(name, visual) for name in HOSTS}
+        self.hosts = {
+            name: hosts.build(host, visual, **options) for name, (host, options) in HOSTS.items()
+        }
         for host in self.hosts.values():
             host.tower = self.tower
         self.vfm = load_vfm(LAYER, tower=self.tower, mean=self.loaded.mean, std=self.loaded.std)
