@@ -272,15 +272,11 @@ class Optimizers:
         matrices = [p for n, p in trained.items() if ".resblocks." in n and p.ndim == 2]
         known = {id(p) for p in matrices}
         others = [p for p in trained.values() if id(p) not in known]
-        adamw = torch.optim.AdamW(
-            [
-                {"params": [p for p in others if p.ndim >= 2], "weight_decay": plan.weight_decay},
-                {"params": [p for p in others if p.ndim < 2]},
-            ],
-            betas=(0.9, 0.98),
-            fused=True,
-            weight_decay=0.0,
-        )
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in others if p.ndim >= 2], "weight_decay": plan.weight_decay},
+            {"params": [p for p in others if p.ndim < 2]},
+        ]
+        adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True, weight_decay=0.0)
         muon = torch.optim.Muon(
             matrices, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
