@@ -2,11 +2,11 @@
 
     python -m fsa.tiny.train --pictographs DIR --out RUN_DIR
 
-DIR is what `python -m fsa.tiny.pictographs` wrote. The first steps see crops with one thing or two;
-then come small scenes and at last scenes of the full size. What is smaller than the full size is
-placed on a random part of the positional grid, and is many times cheaper. The same command goes on
-where a stopped run was; RUN_DIR holds the checkpoint, the curve (curve.csv) and, at the end,
-tiny.safetensors with its checksum.
+DIR is what `python -m fsa.tiny.pictographs` wrote. A step shows crops with one object or two, or
+scenes of one size, drawn from the seed. What is smaller than the full size is placed on a random
+part of the positional grid. The same command goes on where a stopped run was; RUN_DIR holds the
+checkpoint, the curve (curve.csv) and, at the end, tiny.safetensors with its checksum. Training
+needs torch 2.9, which has Muon.
 """
 
 from __future__ import annotations
