@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from fsa.config import PROBABILITY_FLOOR
 from fsa.ops.checks import autocast_off
+from fsa.ops.processor import bfloat16_units, float32_by_onednn
 from fsa_kernels import Adaptations, Options
 
 # Entries of one block of similarity rows. 2^17 floats stay in a CPU core's second-level cache
@@ -283,10 +284,10 @@ def attention_applier(attention: Tensor) -> Callable[[Tensor], Tensor]:
 def rows_times(weights: Tensor, columns: Tensor) -> Tensor:
     """weights (B,R,N) @ columns (B,N,D) -> (B,R,D), accumulated in float32 or better.
 
-    A GPU's half-precision product accumulates in float32 by itself. On the CPU half-precision
-    operands are widened, the columns whole and the weights a block of rows at a time; the result
-    then stays in float32. Not where a compiler traces, which would make a graph of its own for
-    every number of blocks.
+    A GPU's half-precision product accumulates in float32 by itself, and so does that of a CPU with
+    units for bfloat16. Other half-precision operands are widened on the CPU, the columns whole and
+    the weights a block of rows at a time; the result then stays in float32. Not where a compiler
+    traces, which would make a graph of its own for every number of blocks.
     """
     with autocast_off(weights):
         return _rows_times(weights, columns)
@@ -298,6 +299,7 @@ def _rows_times(weights: Tensor, columns: Tensor) -> Tensor:
         torch.compiler.is_compiling()
         or weights.device.type != "cpu"
         or weights.dtype not in (torch.float16, torch.bfloat16)
+        or (weights.dtype == columns.dtype == torch.bfloat16 and bfloat16_units())
     ):
         columns = columns.to(weights.dtype)
         if _takes_onednn(weights) and R >= _ONEDNN_LEAST_PATCHES:
@@ -318,16 +320,12 @@ def _takes_onednn(weights: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and weights.device.type == "cpu"
         and weights.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
+        and float32_by_onednn()
     )
 
 
 def _onednn_product(weights: Tensor, columns: Tensor) -> Tensor:
-    """weights (R,N) @ columns (N,D) in float32 by oneDNN.
-
-    It takes the widest vectors of any processor; the default product does not on some, where this
-    was measured to be twice as fast.
-    """
+    """weights (R,N) @ columns (N,D) in float32 by oneDNN."""
     product = functional.linear(weights.to_mkldnn(), columns.T.contiguous().to_mkldnn())
     return product.to_dense()
 

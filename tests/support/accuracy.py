@@ -37,11 +37,6 @@ RELATIVE_ERROR = {
     torch.bfloat16: 8e-3,
 }
 
-# The same in float32 where nearly every prediction is certain, its probability above 0.98. KL is
-# h_i - P_i . L_j then, of two numbers near 20 that are the same but for their last bits, which a
-# direct sum of P (l_i - l_j) would keep.
-CERTAIN_RELATIVE_ERROR = 2e-4
-
 # How far, relative to the row's whole mass, the cumulative confidence of a patch may lie from the
 # threshold for its decision to be called rounding. It is inherited from the similarities: 1e-6.
 DECISION_MARGIN = 5e-6
