@@ -66,7 +66,7 @@ def evaluate(
         str | None,
         typer.Option(
             help="Published settings to use: fsa, proxyclip, sclip, clearclip, clearclip-224, "
-            "naclip or tiny; default those the host was published with."
+            "naclip, pearl or tiny; default those the host was published with."
         ),
     ] = None,
     short_side: Annotated[
@@ -110,6 +110,13 @@ def evaluate(
         typer.Option(
             help="Steps of PAMR, which refines the labels by the colours of the picture; default "
             "the preset's."
+        ),
+    ] = None,
+    propagation_grid: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows and columns of cells on which PEARL's propagation spreads the classes over "
+            "the picture, 0 for none; default the preset's."
         ),
     ] = None,
     antialias: Annotated[
@@ -197,6 +204,7 @@ def evaluate(
         area_thd=area_thd,
         logit_scale=logit_scale,
         pamr_steps=pamr_steps,
+        propagation_grid=propagation_grid,
         antialias=antialias,
     )
 
@@ -220,6 +228,8 @@ def evaluate(
         group = processes.start()
         compute = replace(compute, device=processes.own_device(compute.device))
         segmentor = options.load_segmentor(model, compute, of_feedback, feedback=feedback)
+        if not quiet and group.rank == 0:
+            options.announce_dtype(compute.dtype, segmentor)
         on_gpu = segmentor.loaded.device.type == "cuda"
         run_options = {
             "window_batch": _default_batch(on_gpu) if window_batch is None else window_batch,

@@ -25,6 +25,7 @@ def report() -> str:
 
     import fsa
     from fsa import tiny
+    from fsa.ops.processor import bfloat16_units
 
     lines = [
         _fact("fsa-kernels", fsa.__version__),
@@ -41,6 +42,16 @@ def report() -> str:
             lines.append(_fact(device, f"{name}, compute capability {major}.{minor}"))
         dtype = torch.float32 if device == "cpu" else torch.float16
         lines.append(_fact(device, f"auto runs {fsa.explain(device=device, dtype=dtype)}"))
+        if device == "cpu":
+            units = " and ".join(bfloat16_units())
+            lines.append(
+                _fact(
+                    "",
+                    f"units for bfloat16: {units}; --dtype auto takes bfloat16"
+                    if units
+                    else "no units for bfloat16 (AMX, AVX512-BF16); --dtype auto takes float32",
+                )
+            )
         try:
             fsa.explain(device=device, dtype=dtype, backend="triton")
         except InputError as error:

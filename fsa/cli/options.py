@@ -112,7 +112,10 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="float32, float16 or bfloat16; default float16 on a GPU, else float32."),
+    typer.Option(
+        help="float32, float16, bfloat16, or auto for what is fastest on this machine; default "
+        "float16 on a GPU, else float32."
+    ),
 ]
 Backend = Annotated[
     BackendName, typer.Option(help='What computes FSA; "fsa info" says what auto chooses.')
@@ -239,3 +242,13 @@ def load_segmentor(
     if segmentor.config is None:
         raise InputError(f"--no-feedback turns feedback off, and with it {', '.join(given)}")
     return segmentor.with_feedback(segmentor.config.replace(**given))
+
+
+def announce_dtype(dtype: str | None, segmentor: Segmentor) -> None:
+    """Says on the error output what --dtype auto has taken, and why."""
+    from fsa.models.loading import AUTO, fastest_dtype
+
+    if dtype == AUTO:
+        fastest, reason = fastest_dtype(segmentor.loaded.device)
+        name = str(fastest).removeprefix("torch.")
+        typer.echo(f"--dtype auto takes {name}: {reason}", err=True)

@@ -95,6 +95,8 @@ def segment(
     segmentor = options.load_segmentor(
         model, compute, asdict(changes), feedback=feedback, cache_dir=cache_dir
     )
+    if not quiet:
+        options.announce_dtype(compute.dtype, segmentor)
     settings: dict[str, Any] = {
         **asdict(sizes),
         "prob_thd": prob_thd,

@@ -14,6 +14,8 @@ from fsa.evaluation.layouts import FOLDER, LAYOUTS, names
 LONG_SIDE = 2048
 """The published pipelines shrink pictures further so that their long side has at most this."""
 
+_MAY_BE_NONE = ("pamr_steps", "propagation_grid")
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -30,6 +32,8 @@ class Preset:
         logit_scale: of the cosines before the softmax over queries.
         pamr_steps: how often maps are refined by the picture's colours, at its own size; see
             `fsa.evaluation.refinement`. 0 for not at all.
+        propagation_grid: rows and columns of cells on which maps are spread as PEARL does, at the
+            picture's own size; see `fsa.evaluation.refinement`. 0 for not at all.
         class_list: of the package, see `fsa.evaluation.layouts.class_list`; empty for a folder.
         antialias: whether shrinking smooths; the published pipelines do not.
     """
@@ -43,12 +47,13 @@ class Preset:
     area_thd: float = 0.0
     logit_scale: float = SEGMENTATION_SCALE
     pamr_steps: int = 0
+    propagation_grid: int = 0
     class_list: str = ""
     antialias: bool = False
 
     def __post_init__(self) -> None:
-        for name, least in (("short_side", 1), ("window", 1), ("stride", 1), ("pamr_steps", 0)):
-            value = getattr(self, name)
+        for name in ("short_side", "window", "stride", "pamr_steps", "propagation_grid"):
+            value, least = getattr(self, name), 0 if name in _MAY_BE_NONE else 1
             self._require(name, _is_integer(value) and value >= least, f"an integer >= {least}")
         self._require("stride", self.stride <= self.window, f"at most the window, {self.window}")
         for name in ("prob_thd", "area_thd"):
@@ -78,21 +83,22 @@ FAMILIES: dict[str, str] = {
     "clearclip": "ClearCLIP's published code: 448 / 448 / 224, Cityscapes 448 / 224 / 224",
     "clearclip-224": "ClearCLIP in SCLIP's windows, 448 / 224 / 112; its code has them nowhere",
     "naclip": "NACLIP's own: as SCLIP's, but VOC in one piece, one scale, and 10 steps of PAMR",
+    "pearl": "PEARL's own: NACLIP's sizes, and its propagation instead of PAMR; without the key "
+    "weight 0.3 that it has on ADE20K and Cityscapes",
     "tiny": "for the embedded model: 224 / 112 / 56, with FSA's thresholds",
 }
 """Short side / window / stride of each family of presets."""
 
 # FSA keeps each method's own data pipeline. MaskCLIP's numbers in the comparison tables
 # come from SCLIP's, and the attention types were run in ProxyCLIP's code. SegEarth-OV's sizes and
-# scale are ClearCLIP's; PEARL's sizes are SCLIP's, but for VOC, whose pictures it does not cut into
-# windows, and its thresholds and scale are its own.
+# scale are ClearCLIP's.
 _FAMILY_OF_HOST = {
     "clip": "sclip",
     "maskclip": "sclip",
     "sclip": "sclip",
     "naclip": "naclip",
     "segearth": "clearclip",
-    "pearl": "sclip",
+    "pearl": "pearl",
     "clearclip": "clearclip",
     "proxyclip": "fsa",
     "qk": "fsa",
@@ -186,6 +192,11 @@ def _naclip(dataset: str) -> dict[str, Any]:
     return settings
 
 
+def _pearl(dataset: str) -> dict[str, Any]:
+    grid = 224 if dataset == "cityscapes" else 80
+    return {**_naclip(dataset), "pamr_steps": 0, "propagation_grid": grid}
+
+
 def _clearclip(dataset: str) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "short_side": 448,
@@ -214,6 +225,7 @@ _SETTINGS: dict[str, Callable[[str], dict[str, Any]]] = {
     "clearclip": _clearclip,
     "clearclip-224": _clearclip_224,
     "naclip": _naclip,
+    "pearl": _pearl,
     "tiny": _tiny,
 }
 
@@ -309,7 +321,7 @@ def table() -> str:
     """Every preset as one line, for `fsa eval --list`."""
     lines = [
         f"{'preset':<26}{'short':>6}{'window':>7}{'stride':>7}{'prob_thd':>9}{'area_thd':>9}"
-        f"{'scale':>6}{'pamr':>5}"
+        f"{'scale':>6}{'pamr':>5}{'grid':>5}"
     ]
     for family in FAMILIES:
         for dataset in (*LAYOUTS, FOLDER):
@@ -317,7 +329,7 @@ def table() -> str:
             window, stride = ("whole", "-") if p.whole else (p.window, p.stride)
             lines.append(
                 f"{p.name:<26}{p.short_side:>6}{window:>7}{stride:>7}{p.prob_thd:>9g}"
-                f"{p.area_thd:>9g}{p.logit_scale:>6g}{p.pamr_steps:>5}"
+                f"{p.area_thd:>9g}{p.logit_scale:>6g}{p.pamr_steps:>5}{p.propagation_grid:>5}"
             )
     return "\n".join(lines)
 

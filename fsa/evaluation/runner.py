@@ -20,7 +20,7 @@ from fsa.evaluation.datasets import Dataset
 from fsa.evaluation.loading import Loaded, Normalisation, loader
 from fsa.evaluation.metrics import ConfusionMatrix
 from fsa.evaluation.protocol import Preset, Protocol
-from fsa.evaluation.refinement import pixel_adaptive_refinement
+from fsa.evaluation.refinement import pixel_adaptive_refinement, text_aware_propagation
 from fsa.evaluation.result import Result
 from fsa.files import make_directory
 from fsa.models.text import TextQueries
@@ -235,6 +235,7 @@ class _Run:
         colours: dict[int, Tensor] = {}
         skipped: dict[str, str] = {}
         finite: dict[int, Tensor] = {}
+        refined = self.preset.pamr_steps or self.preset.propagation_grid
 
         def images() -> Iterator[tuple[int, Tensor]]:
             for _ in self.pictures_of(number):
@@ -249,7 +250,7 @@ class _Run:
                 assert item.mask is not None
                 masks[item.index] = item.mask.to(device, non_blocking=True)
                 image = self.normalise(item.image.to(device, non_blocking=True))
-                if self.preset.pamr_steps:
+                if refined:
                     colours[item.index] = image
                 yield item.index, image
 
@@ -258,8 +259,8 @@ class _Run:
             for index, cosines in self._cosines(images(), queries):
                 mask = masks.pop(index)
                 size = (mask.shape[0], mask.shape[1])
-                if self.preset.pamr_steps:
-                    cosines = self._refined(cosines, colours.pop(index), size)
+                if refined:
+                    cosines = self._refined(cosines, colours.pop(index), queries, size)
                 finite[index] = cosines.isfinite().all()
                 matrix.add(self._labels(cosines, queries, size), mask)
                 pictures += 1
@@ -292,15 +293,22 @@ class _Run:
             self.protocol.window_batch,
         )
 
-    def _refined(self, cosines: Tensor, image: Tensor, size: tuple[int, int]) -> Tensor:
+    def _refined(
+        self, cosines: Tensor, image: Tensor, queries: TextQueries, size: tuple[int, int]
+    ) -> Tensor:
         """Cosines (Q,H,W) at a picture's own size, refined by its colours."""
-        what = f"PAMR of {len(cosines)} maps of {size[0]} x {size[1]} pixels"
-        with named_out_of_memory(what, "pass --pamr-steps 0"):
+        steps, grid = self.preset.pamr_steps, self.preset.propagation_grid
+        what = f"refining {len(cosines)} maps of {size[0]} x {size[1]} pixels"
+        with named_out_of_memory(what, "pass --pamr-steps 0 --propagation-grid 0"):
             maps, image = (
                 functional.interpolate(x[None], size=size, mode="bilinear")[0]
                 for x in (cosines, image)
             )
-            return pixel_adaptive_refinement(maps, image, self.preset.pamr_steps)
+            if steps:
+                maps = pixel_adaptive_refinement(maps, image, steps)
+            if grid:
+                maps = text_aware_propagation(maps, image, queries.features, grid)
+            return maps
 
     def _labels(self, cosines: Tensor, queries: TextQueries, size: tuple[int, int]) -> Tensor:
         """Labels (H,W) at a picture's own size."""

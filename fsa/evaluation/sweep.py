@@ -53,6 +53,7 @@ HEADS: dict[str, tuple[str, tuple[str, ...]]] = {
 SWEEPS = ("scaling", "pruning", "isolation", "adaptations", "similarity", "confidence", "beta")
 
 _YES, _NO = "✓", "✗"
+_BASELINE = "w/o FSA (baseline)"
 
 
 def rows(names: Sequence[str], base: FSAConfig) -> list[Row]:
@@ -74,12 +75,12 @@ def rows(names: Sequence[str], base: FSAConfig) -> list[Row]:
     found += _pruning_rows("scaling" in names, "pruning" in names, base)
     if "isolation" in names:
         found += [
-            Row("isolation", "host", ("w/o FSA (baseline)",), None),
+            Row("isolation", "host", (_BASELINE,), None),
             Row("isolation", "off", (_NO,), base.replace(isolation=False)),
             Row("isolation", "on", (_YES,), base.replace(isolation=True)),
         ]
     if "adaptations" in names:
-        found.append(Row("adaptations", "host", ("w/o FSA (baseline)", "", ""), None))
+        found.append(Row("adaptations", "host", (_BASELINE, "", ""), None))
         for kind in ADAPTATIONS:
             ticks = tuple(_YES if kind == other else "" for other in ADAPTATIONS)
             found.append(Row("adaptations", kind, ticks, base.replace(adaptations=(kind,))))
@@ -93,6 +94,7 @@ def rows(names: Sequence[str], base: FSAConfig) -> list[Row]:
     for name, values in (("confidence", CONFIDENCES), ("beta", BETAS)):
         if name in names:
             own = getattr(base, name)
+            found.append(Row(name, "host", (_BASELINE,), None))
             for value in sorted({*values, own}):
                 found.append(
                     Row(name, f"{value:g}", (f"{value:g}",), base.replace(**{name: value}))
@@ -252,7 +254,7 @@ def _plot(swept: Swept, file: Path) -> bool:
     from matplotlib.figure import Figure
 
     records = list(zip(swept.rows, swept.records(), strict=True))
-    baseline = next((record["miou"] for row, record in records if row.config is None), None)
+    baseline = next(record["miou"] for row, record in records if row.config is None)
     tables = [t for t in ("confidence", "beta") if any(row.table == t for row, _ in records)]
     protocol = swept.results[0].protocol
     published = FSAConfig.preset(vfm=protocol["vfm"], model=protocol["model"])
@@ -260,14 +262,17 @@ def _plot(swept: Swept, file: Path) -> bool:
     # One scale for both, on which a difference looks as large as it is.
     axes = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
     values = [record["miou"] for row, record in records if row.table in tables]
-    lowest, highest = _honest_limits([*values, *([] if baseline is None else [baseline])])
+    lowest, highest = _honest_limits(values)
     for table, axis in zip(tables, axes, strict=True):
-        points = [(float(row.row), record["miou"]) for row, record in records if row.table == table]
+        points = [
+            (float(row.row), record["miou"])
+            for row, record in records
+            if row.table == table and row.config is not None
+        ]
         axis.plot(*zip(*points, strict=True), marker="o", label="with FSA")
         default = getattr(published, table)
         axis.axvline(default, color="0.5", linestyle=":", label=f"published: {default:g}")
-        if baseline is not None:
-            axis.axhline(baseline, color="black", linestyle="--", label="baseline without FSA")
+        axis.axhline(baseline, color="black", linestyle="--", label="baseline without FSA")
         axis.set_xlabel("p, cumulative confidence kept" if table == "confidence" else "beta")
         axis.set_ylim(lowest, highest)
         axis.grid(alpha=0.3)

@@ -32,8 +32,11 @@ from fsa.models.checkpoints import (
 from fsa.models.hub import hub_if_reachable, unavailable
 from fsa.models.initialisation import without_random_weights
 from fsa.models.timm_tower import tower_of
+from fsa.ops.processor import bfloat16_units
 
 TINY = "tiny"
+AUTO = "auto"
+"""The type of numbers that is fastest on the device; see `fastest_dtype`."""
 
 _DEFAULT_TAGS = {
     "ViT-B-16": "openai",
@@ -127,7 +130,8 @@ def load_model(
             do not say: for OpenAI's, DFN's or MetaCLIP's weights pass the name
             "ViT-B-16-quickgelu"; under the plain name a warning says that plain GELU runs.
         device: "cpu" or a CUDA device; default the GPU if there is one, else the CPU.
-        dtype: default float16 on a GPU and float32 on the CPU.
+        dtype: default float16 on a GPU and float32 on the CPU; "auto" takes what is fastest, see
+            `fastest_dtype`.
         cache_dir: where downloaded weights are kept; default the hub's own.
 
     Raises:
@@ -194,10 +198,28 @@ def resolve_dtype(dtype: torch.dtype | str | None, device: torch.device) -> torc
     """
     if dtype is None:
         return torch.float16 if device.type == "cuda" else torch.float32
+    if dtype == AUTO:
+        return fastest_dtype(device)[0]
     resolved = _DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if resolved is None or resolved not in _DTYPES.values():
-        raise InputError(f"dtype={dtype!r} is not accepted: it must be one of {', '.join(_DTYPES)}")
+        raise InputError(
+            f"dtype={dtype!r} is not accepted: it must be one of {', '.join((*_DTYPES, AUTO))}"
+        )
     return resolved
+
+
+def fastest_dtype(device: torch.device) -> tuple[torch.dtype, str]:
+    """The type in which a model runs fastest on a device, and why, as a clause.
+
+    float16 on a GPU. On the CPU bfloat16 where the processor has units for it, AMX or AVX512-BF16,
+    and float32 elsewhere: without them, bfloat16 is slower than float32.
+    """
+    if device.type == "cuda":
+        return torch.float16, "the model runs on a GPU"
+    units = bfloat16_units()
+    if units:
+        return torch.bfloat16, f"the processor multiplies it by {' and '.join(units)}"
+    return torch.float32, "the processor has neither AMX nor AVX512-BF16, the units for bfloat16"
 
 
 def _load_tiny(pretrained: str | None, device: torch.device, dtype: torch.dtype) -> LoadedModel:

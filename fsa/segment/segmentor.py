@@ -72,8 +72,8 @@ def load_segmentor(
             a configuration.
         device: default the GPU if there is one, else the CPU; of a model that is passed as an
             object, where it is.
-        dtype: default float16 on a GPU and float32 on the CPU; of a model that is passed as an
-            object, what it is.
+        dtype: default float16 on a GPU and float32 on the CPU, or "auto" for the fastest, see
+            `fsa.models.loading.load_model`; of a model that is passed as an object, what it is.
         backend: of the ops: "auto", "triton" or "torch".
         cache_dir: where downloaded weights are kept.
         vfm_pretrained: weights of the vfm; see `fsa.models.guides.load_vfm`.

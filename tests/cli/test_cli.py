@@ -18,6 +18,8 @@ import fsa
 from fsa import hosts, ops, tiny
 from fsa.cli import app as cli
 from fsa.cli import options as cli_options
+from fsa.models import loading
+from fsa.ops import processor
 from fsa.segment import sizes
 
 SMALL = ["--short-side", "64", "--window", "48", "--stride", "24"]
@@ -247,6 +249,30 @@ def test_info_says_what_runs_and_why(run):
     assert torch.__version__ in stdout
     assert "auto runs torch: the tensors are on the CPU" in stdout
     assert "embedded model, as shipped" in stdout
+
+
+@pytest.mark.parametrize(
+    ("units", "line", "dtype"),
+    [
+        (("AMX", "AVX512-BF16"), "units for bfloat16: AMX and AVX512-BF16;", "bfloat16"),
+        ((), "no units for bfloat16 (AMX, AVX512-BF16);", "float32"),
+    ],
+)
+def test_the_fastest_type_is_told_and_taken(run, monkeypatch, tmp_path, units, line, dtype):
+    monkeypatch.setattr(processor, "bfloat16_units", lambda: units)
+    monkeypatch.setattr(loading, "bfloat16_units", lambda: units)
+    stdout = " ".join(run("info")[1].split())
+    assert f"{line} --dtype auto takes {dtype}" in stdout
+    Image.new("RGB", (40, 32)).save(tmp_path / "a.png")
+    sizes = ["--short-side", "32", "--window", "32", "--stride", "16"]
+    options = ["--classes", "cat;dog", "--dtype", "auto", "--out", tmp_path / "out", *sizes]
+    code, _, stderr = run("segment", tmp_path / "a.png", *options)
+    assert code == 0
+    assert f"--dtype auto takes {dtype}: the processor " in stderr
+    record = json.loads((tmp_path / "out/a.json").read_text())
+    assert record["settings"]["dtype"] == dtype
+    code, _, stderr = run("segment", tmp_path / "a.png", *options, "--quiet")
+    assert (code, stderr) == (0, "")
 
 
 def test_help_does_not_wait_for_torch():

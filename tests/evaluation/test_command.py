@@ -7,6 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,7 @@ def test_every_option_reaches_the_protocol(run, tmp_path):
         "--uniform-logit-scale",
         "30",
     ]
-    options += ["--pamr-steps", "2", "--whole"]
+    options += ["--pamr-steps", "2", "--propagation-grid", "9", "--whole"]
     options += ["--classes-file", tmp_path / "names.txt", "--ignore", "7", "--on-error", "skip"]
     options += ["--window-batch", "2", "--chunk", "1", "--backend", "torch", "--quiet"]
     code, _, stderr = run("eval", "folder", "--root", root, "--out", out, *SMALL, *options)
@@ -66,7 +67,7 @@ def test_every_option_reaches_the_protocol(run, tmp_path):
     assert sizes == [64, 48, 24]
     assert (preset["prob_thd"], preset["area_thd"], preset["logit_scale"]) == (0.1, 0.2, 50)
     assert preset["antialias"] is True
-    assert (preset["pamr_steps"], preset["whole"]) == (2, True)
+    assert (preset["pamr_steps"], preset["propagation_grid"], preset["whole"]) == (2, 9, True)
     assert (feedback["beta"], feedback["confidence"]) == (1.5, 0.3)
     assert (feedback["logit_scale"], feedback["uniform_logit_scale"]) == (21, 30)
     assert record["classes"] == [["tiger"], ["wolf", "hound"], ["background"]]
@@ -229,6 +230,12 @@ def test_presets_are_the_published_ones():
     assert sizes("naclip", "coco_stuff") == (336, 224, 112, 0)
     assert sizes("naclip", "cityscapes") == (560, 224, 112, 0)
     assert protocol.preset("naclip", "coco_object").class_list == "coco_object-sclip"
+    # PEARL's are NACLIP's, but for what refines the labels.
+    for dataset in datasets.names():
+        pearl, naclip = (protocol.preset(family, dataset) for family in ("pearl", "naclip"))
+        assert (naclip.propagation_grid, pearl.pamr_steps) == (0, 0)
+        assert pearl.propagation_grid == (224 if dataset == "cityscapes" else 80)
+        assert replace(pearl, name=naclip.name, pamr_steps=10, propagation_grid=0) == naclip
     for name in hosts.names():
         family = protocol.family_of(name, "ViT-B-16")
         for dataset in datasets.names():
@@ -322,7 +329,8 @@ def test_the_rows_of_the_papers_ablations():
     for table, row in (("pruning", "scaled"), ("isolation", "on"), ("adaptations", "ensemble")):
         assert of[table, row] == base
     for name in ("confidence", "beta"):
-        swept = sweep.rows([name], base)
+        baseline, *swept = sweep.rows([name], base)
+        assert baseline.config is None
         assert base in [row.config for row in swept]
         assert len({getattr(row.config, name) for row in swept}) == len(swept) >= 7
     assert len(sweep.rows(["scaling"], base)) == 2

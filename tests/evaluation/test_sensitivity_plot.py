@@ -60,11 +60,18 @@ def test_the_published_value_is_marked(drawn):
     labels = [
         text.get_text() for axis in drawn("confidence", "beta") for text in axis.get_legend().texts
     ]
-    assert labels == ["with FSA", "published: 0.45", "with FSA", "published: 4.5"]
+    baseline = "baseline without FSA"
+    assert labels == [
+        *("with FSA", "published: 0.45", baseline),
+        *("with FSA", "published: 4.5", baseline),
+    ]
 
 
-def test_the_baseline_is_shown_where_it_was_measured(drawn):
-    (axis,) = drawn("isolation", "beta")
-    assert "baseline without FSA" in [text.get_text() for text in axis.get_legend().texts]
-    # The first row of all, 45.00.
+@pytest.mark.parametrize("name", ["confidence", "beta"])
+def test_the_baseline_is_measured_and_shown(drawn, name):
+    (axis,) = drawn(name)
+    # The host without feedback is the first row, 45.00; no point of the curve.
     assert any(list(line.get_ydata()) == [45, 45] for line in axis.lines)
+    (curve,) = (line for line in axis.lines if line.get_label() == "with FSA")
+    assert 45 not in list(curve.get_ydata())
+    assert len(curve.get_ydata()) == len(sweep.rows([name], FSAConfig())) - 1

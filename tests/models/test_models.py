@@ -67,6 +67,26 @@ def test_safetensors_are_read_and_types_are_cast(state, tmp_path):
     assert segmentor_scores.labels.shape == (40, 50)
 
 
+@pytest.mark.parametrize(
+    ("units", "dtype", "reason"),
+    [
+        (("AMX", "AVX512-BF16"), torch.bfloat16, "multiplies it by AMX and AVX512-BF16"),
+        (("AVX512-BF16",), torch.bfloat16, "multiplies it by AVX512-BF16"),
+        ((), torch.float32, "neither AMX nor AVX512-BF16"),
+    ],
+)
+def test_the_fastest_type_follows_from_the_processor(monkeypatch, units, dtype, reason):
+    monkeypatch.setattr(models, "bfloat16_units", lambda: units)
+    fastest, why = models.fastest_dtype(torch.device("cpu"))
+    assert fastest == dtype
+    assert reason in why
+    loaded = models.load_model("tiny", device="cpu", dtype="auto")
+    assert loaded.dtype == dtype
+    # Nobody gets another type than float32 on the CPU without asking for it.
+    assert models.resolve_dtype(None, torch.device("cpu")) == torch.float32
+    assert models.resolve_dtype("auto", torch.device("cuda")) == torch.float16
+
+
 def test_a_checkpoint_of_another_model_is_refused_in_words(state, tmp_path):
     file = tmp_path / "other.pt"
     torch.save({**state, "visual.proj": torch.zeros(3, 3)}, file)

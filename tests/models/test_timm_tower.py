@@ -17,6 +17,7 @@ from fsa.models.loading import load_model
 from fsa.models.timm_tower import TimmTower, tower_of
 from fsa.models.tower import Tower
 from tests.support.accuracy import relative_error
+from tests.support.compilers import needs_cpp
 from tests.support.timm_models import FAMILIES, NAMES, random_timm_model
 from tests.support.towers import random_tower
 
@@ -177,21 +178,37 @@ def test_every_host_runs_with_feedback(family, name, dtype):
     assert relative_error(features, plain) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["siglip", "pe", "eva02", "vitamin"])
-def test_a_compiled_host_is_the_eager_one_at_any_size(name):
+COMPILED = ["siglip", "pe", "eva02", "vitamin"]
+
+
+def compiled_is_eager(name, backend, config):
     torch.compiler.reset()
     host = hosts.build("clearclip", random_timm_model(name))
 
     def run(images, text):
-        return host.features(images, text, config=CONFIG)
+        return host.features(images, text, config=config)
 
-    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="eager")
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
     with torch._dynamo.config.patch(error_on_recompile=True):
         # The third is the trained grid, for which positions need no resizing.
         for B, rows, columns, C in [(2, 5, 6, 5), (3, 7, 3, 7), (2, 4, 4, 9)]:
             inputs = pictures(name, rows, columns, B), queries(name, C)
             assert relative_error(compiled(*inputs), run(*inputs)) < CLOSE
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_host_is_the_eager_one_at_any_size(name):
+    compiled_is_eager(name, "eager", CONFIG)
+
+
+@needs_cpp
+@pytest.mark.slow
+@pytest.mark.compile
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_host_in_cpp_is_the_eager_one_at_any_size(name):
+    # Inductor rounds in its own way, and pruning turns rounding into decisions.
+    compiled_is_eager(name, "inductor", FSAConfig(pruning=None))
 
 
 def test_every_block_runs_once(family, count_calls):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-
 import pytest
 import torch
 from torch.export import Dim
@@ -13,6 +10,7 @@ from torch.nn import functional
 import fsa
 from fsa import FSAConfig, hosts
 from tests.support.accuracy import relative_error
+from tests.support.compilers import needs_cpp
 from tests.support.towers import random_inputs, random_tower
 
 pytestmark = pytest.mark.compile
@@ -28,11 +26,6 @@ INDUCTOR_SIZES = [(2, 40, 88, 5), *SIZES[1:]]
 OP_SIZES = [(2, 30, 5), (2, 41, 5), (3, 41, 8), (2, 300, 21)]
 
 
-# What `torch.compile` calls by default: C++ is written and compiled, which takes a while.
-needs_cpp = pytest.mark.skipif(
-    shutil.which(os.environ.get("CXX", "g++")) is None,
-    reason="Inductor compiles C++, and there is no g++ here",
-)
 inductor = (needs_cpp, pytest.mark.slow)
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=inductor)]
 
