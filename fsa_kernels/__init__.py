@@ -8,6 +8,7 @@ Imports without Triton and without a GPU; the kernels themselves are imported wh
     proxy_prepare, proxy_apply, proxy_gather
                          the affinity of features, applied to values once or more
     warmup               compiles ahead of the first call
+    Options, Adaptations what a caller chooses
 
 Inputs are trusted here; `fsa.ops` checks them.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fsa_kernels.options import Adaptations, Options
 from fsa_kernels.runtime import available, interpreting
 from fsa_kernels.warmup import warmup
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "Adaptations",
+    "Options",
     "apply_feedback",
     "available",
     "feedback_attention",

@@ -14,12 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from fsa_kernels import launch, runtime
+from fsa_kernels.options import Adaptations
+
+# What the first D columns hold; see `Adaptations`.
+ATTENDED: tl.constexpr = tl.constexpr(1)
+VALUE: tl.constexpr = tl.constexpr(2)
 
 
 @triton.jit
-def columns_width(D, AFTER: tl.constexpr, BEFORE: tl.constexpr, ONLY: tl.constexpr):
-    """How many columns A_f is multiplied with, in int64; see `launch.gather_shapes`."""
-    return tl.cast(D, tl.int64) * (2 if BEFORE and (AFTER or ONLY) else 1)
+def columns_width(D, SECOND: tl.constexpr):
+    """How many columns A_f is multiplied with, in int64."""
+    return tl.cast(D, tl.int64) * (2 if SECOND else 1)
 
 
 @triton.jit
@@ -32,21 +37,25 @@ def write_columns(
     value,
     D,
     scale,
-    AFTER: tl.constexpr,
-    BEFORE: tl.constexpr,
-    ONLY: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
 ):
-    """Rows n of an image's columns, from columns c of A V and of V (float32), scaled."""
+    """Rows n of an image's columns, from columns c of A V and of V (float32), scaled.
+
+    Args:
+        FIRST, SECOND: as in `Adaptations`.
+    """
     to_type = columns.dtype.element_ty
-    width = columns_width(D, AFTER, BEFORE, ONLY)
-    out = columns + n.to(tl.int64)[:, None] * width + c[None, :]
-    if AFTER or ONLY:
-        first = attended if AFTER else value
-        if AFTER and ONLY:
-            first += value
-        tl.store(out, (first * scale).to(to_type), mask=mask)
-    if BEFORE:
-        tl.store(out + (width - D), (value * scale).to(to_type), mask=mask)
+    out = columns + n.to(tl.int64)[:, None] * columns_width(D, SECOND) + c[None, :]
+    if FIRST == ATTENDED:
+        first = attended
+    elif FIRST == VALUE:
+        first = value
+    else:
+        first = attended + value
+    tl.store(out, (first * scale).to(to_type), mask=mask)
+    if SECOND:
+        tl.store(out + D, (value * scale).to(to_type), mask=mask)
 
 
 @triton.jit
@@ -100,9 +109,8 @@ def _gather_kernel(
     stride_ah,
     stride_an,
     stride_ad,
-    AFTER: tl.constexpr,
-    BEFORE: tl.constexpr,
-    ONLY: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MEAN_ROWS: tl.constexpr,
@@ -142,38 +150,28 @@ def _gather_kernel(
     attended += _columns_of_heads(c, d, stride_ah, stride_ad)[None, :]
     attended = tl.load(attended, mask=mask, other=0.0)
     tl.store(gathered + n[:, None] * wide + c[None, :], attended, mask=mask)
-    columns = columns_ptr + b * N * columns_width(D, AFTER, BEFORE, ONLY)
+    columns = columns_ptr + b * N * columns_width(D, SECOND)
     value = v.to(tl.float32)
     attended = attended.to(tl.float32)
-    write_columns(columns, n, c, mask, attended, value, D, scale, AFTER, BEFORE, ONLY)
+    write_columns(columns, n, c, mask, attended, value, D, scale, FIRST, SECOND)
 
 
-def gather(
-    value: Tensor,
-    attended: Tensor,
-    *,
-    after: bool,
-    before: bool,
-    only: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def gather(value: Tensor, attended: Tensor, adaptations: Adaptations) -> tuple[Tensor, Tensor]:
     """The first half of a feedback step: what the tail takes, and what A_f is multiplied with.
 
     Args:
         value: V (B,H,L,d) of all tokens, those of the patches last; float16, bfloat16 or float32;
             any strides.
         attended: A V (B,H,N,d) of the patches, in the same type; any strides.
-        after, before, only: which of A_f A V, A A_f V and A_f V are wanted.
-        scale: of the columns.
+        adaptations: the terms that are averaged.
 
     Returns:
-        A V with its heads side by side, and after its last row the mean of V, (B,N+1,D); and
-        columns (B,N,D) or (B,N,2D): the sum of A V where `after`, and V where `only`, and beside it
-        V where `before`; scaled.
+        A V with its heads side by side, and after its last row the mean of V, (B,N+1,D); and the
+        scaled columns (B,N,D) or (B,N,2D) of `Adaptations`.
     """
     B, H, L, d = value.shape
     N, D = attended.shape[2], H * d
-    shapes = launch.gather_shapes(B, N, D, after=after, before=before, only=only)
+    shapes = adaptations.gather_shapes(B, N, D)
     gathered, columns = (value.new_empty(shape) for shape in shapes)
     plan = launch.gather()
     programs = plan.blocks(MEAN_COLUMNS=D) + plan.blocks(BLOCK_N=N, BLOCK_D=D)
@@ -189,12 +187,11 @@ def gather(
             L,
             D,
             d,
-            float(scale),
+            adaptations.scale,
             *runtime.strides(value),
             *runtime.strides(attended),
-            AFTER=after,
-            BEFORE=before,
-            ONLY=only,
+            FIRST=adaptations.first,
+            SECOND=adaptations.second,
             **plan.arguments(),
         )
     return gathered, columns

@@ -13,14 +13,12 @@ A patch with logits that are not finite gets a row of NaN; no other row keeps it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from fsa_kernels import launch
 from fsa_kernels.isolate import isolate
+from fsa_kernels.options import Options
 from fsa_kernels.predict import predict
 from fsa_kernels.select import select
 from fsa_kernels.similarity import similarity
@@ -36,8 +34,8 @@ def feedback_attention(
     uniform: Tensor | None,
     text_features: Tensor | None = None,
     *,
+    options: Options,
     dtype: torch.dtype,
-    **options: Any,
 ) -> Tensor:
     """A_f (B,N,N), with `launch.result_strides`.
 
@@ -46,13 +44,13 @@ def feedback_attention(
             bfloat16 or float32; any strides.
         uniform: the same under uniform attention, (B,1,C) or (B,N,C), or with E; or None.
         text_features: (C,E) of unit length, or None.
+        options: how A_f is made.
         dtype: of A_f: float16, bfloat16 or float32.
-        **options: as in `_Options`.
 
     Takes 4 B N^2 bytes, the result among them, and (8 C + 4) B N besides; from features, 8 C B N
     more before A_f is begun, and twice that where each patch has a uniform row of its own.
     """
-    feedback = Feedback(patches, uniform, text_features, **options)
+    feedback = Feedback(patches, uniform, text_features, options)
     return feedback.rows(0, patches.shape[1], dtype)
 
 
@@ -61,19 +59,20 @@ def apply_feedback(
     uniform: Tensor | None,
     text_features: Tensor | None,
     columns: Tensor,
-    **options: Any,
+    *,
+    options: Options,
 ) -> Tensor:
     """A_f times columns (B,N,K), by blocks of rows; no N x N matrix is kept.
 
     Args:
-        patches, uniform, text_features, **options: as `feedback_attention` takes them.
+        patches, uniform, text_features, options: as `feedback_attention` takes them.
         columns: (B,N,K) float16, bfloat16 or float32; A_f is rounded to their type.
 
     Takes what `feedback_attention` takes, but for A_f: the result (B,N,K), and for similarities
     24 MiB or 128 rows of each image, whichever is more.
     """
     B, N, _ = patches.shape
-    feedback = Feedback(patches, uniform, text_features, **options)
+    feedback = Feedback(patches, uniform, text_features, options)
     count = _BLOCK_BYTES // (B * launch.padded_row(N) * torch.float32.itemsize)
     count = max(_BLOCK_ROWS, count // _BLOCK_ROWS * _BLOCK_ROWS)
     out = torch.empty((B, N, columns.shape[-1]), dtype=columns.dtype, device=columns.device)
@@ -83,28 +82,11 @@ def apply_feedback(
     return out
 
 
-@dataclass(frozen=True)
-class _Options:
-    """As in `fsa.FSAConfig`; precision: "exact", three products, or "fast", one."""
-
-    beta: float
-    confidence: float
-    logit_scale: float = 1.0
-    uniform_logit_scale: float = 1.0
-    similarity: str = "kl"
-    pruning: str | None = "confidence"
-    ratio: float = 0.4
-    threshold: float = 0.5
-    scaling: bool = True
-    precision: str = "exact"
-
-
 class Feedback:
     """A_f of some images, whole or by blocks of rows; the first launch is done at once.
 
     Args:
-        patches, uniform, text_features: as `feedback_attention` takes them.
-        **options: as in `_Options`.
+        patches, uniform, text_features, options: as `feedback_attention` takes them.
     """
 
     def __init__(
@@ -112,41 +94,24 @@ class Feedback:
         patches: Tensor,
         uniform: Tensor | None,
         text_features: Tensor | None,
-        **options: Any,
+        options: Options,
     ) -> None:
-        self.options = _Options(**options)
-        cosine = self.options.similarity == "cosine"
+        self.options = options
         if text_features is None:
-            self.operands = isolate(patches, uniform, cosine=cosine)
+            self.operands = isolate(patches, uniform, cosine=options.cosine)
         else:
             self.operands = predict(
                 patches,
                 uniform,
                 text_features,
-                scale=self.options.logit_scale,
-                uniform_scale=self.options.uniform_logit_scale,
-                cosine=cosine,
+                scale=options.logit_scale,
+                uniform_scale=options.uniform_logit_scale,
+                cosine=options.cosine,
             )
 
     def rows(self, first: int, count: int, dtype: torch.dtype) -> Tensor:
         """Rows `first` to `first + count` of A_f, (B,count,N) in `dtype`, in two launches."""
         options = self.options
-        S = similarity(
-            self.operands,
-            first,
-            count,
-            cosine=options.similarity == "cosine",
-            exact=options.precision == "exact",
-        )
-        return select(
-            S,
-            self.operands.h,
-            first,
-            dtype,
-            beta=options.beta,
-            scaling=options.scaling,
-            pruning=options.pruning,
-            confidence=options.confidence,
-            ratio=options.ratio,
-            threshold=options.threshold,
-        )
+        exact = options.precision == "exact"
+        S = similarity(self.operands, first, count, cosine=options.cosine, exact=exact)
+        return select(S, self.operands.h, first, options, dtype)

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fsa_kernels import launch, runtime
+from fsa_kernels.arithmetic import LOG2E, fast_exp2
 
 # P is scaled by this; the similarity product undoes it. `predict` scales its texts, too.
 SCALE: tl.constexpr = tl.constexpr(1024.0)
@@ -53,7 +54,12 @@ def tile_rows(tile, N, PATCHES: tl.constexpr, SAMPLES: tl.constexpr, ROWS: tl.co
 
 
 @triton.jit
-def _load_isolated(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM: tl.constexpr):
+def _exp(x):
+    return fast_exp2(x * LOG2E)
+
+
+@triton.jit
+def load_isolated(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM: tl.constexpr):
     """Logits minus uniform logits of a tile, float32; -inf outside."""
     c = c.to(tl.int64)[None, :]
     x = tl.load(z_row[:, None] + c * stride_zc, mask=mask, other=0.0).to(tl.float32)
@@ -73,7 +79,7 @@ def _extend_softmax(x, mask, top, total):
     new_top = tl.maximum(top, tl.max(x, axis=1))
     # Rows outside have no finite maximum; keep exp away from inf - inf.
     new_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-    total = total * tl.exp(top - new_top) + tl.sum(tl.exp(x - new_top[:, None]), axis=1)
+    total = total * _exp(top - new_top) + tl.sum(_exp(x - new_top[:, None]), axis=1)
     return new_top, total + nan_if_not_finite
 
 
@@ -87,6 +93,7 @@ def _store_halves(out, value, to_low, mask):
 
 @triton.jit
 def write_operands(
+    x,
     z_row,
     u_row,
     stride_zc,
@@ -105,10 +112,12 @@ def write_operands(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """P, L and h of a tile's patches, from where the logits of its rows lie.
+    """P, L and h of a tile's patches.
 
     Args:
-        z_row, u_row: (ROWS,) pointers to the first logit, and uniform logit, of each row.
+        x: (ROWS,BLOCK_C) isolated logits, -inf outside, where all classes are one chunk; else None.
+        z_row, u_row: (ROWS,) where they are not, pointers to the first logit, and uniform logit, of
+            each row.
         out_row: (ROWS,) which row of the operands each row is written to, int64.
         is_patch: (ROWS,) the rows that are written.
         is_sample: (ROWS,) the rows that the centre is taken from.
@@ -120,17 +129,14 @@ def write_operands(
     top = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     chunk = tl.arange(0, BLOCK_C)
-    x = tl.full((ROWS, BLOCK_C), float("-inf"), tl.float32)
     if WHOLE:
-        mask = known & (chunk < C)[None, :]
-        x = _load_isolated(z_row, u_row, stride_zc, stride_uc, chunk, mask, HAS_UNIFORM)
-        top, total = _extend_softmax(x, mask, top, total)
+        top, total = _extend_softmax(x, known & (chunk < C)[None, :], top, total)
     else:
         for start in range(0, C, BLOCK_C):
             c = start + chunk
             mask = known & (c < C)[None, :]
-            x = _load_isolated(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM)
-            top, total = _extend_softmax(x, mask, top, total)
+            part = load_isolated(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM)
+            top, total = _extend_softmax(part, mask, top, total)
     intact = (total == total) & (total < float("inf"))
     inverse = tl.where(intact, 1.0 / total, 0.0)
 
@@ -138,14 +144,14 @@ def write_operands(
     if COSINE:
         squares = tl.zeros((ROWS,), tl.float32)
         if WHOLE:
-            p = tl.exp(x - top[:, None]) * inverse[:, None]
+            p = _exp(x - top[:, None]) * inverse[:, None]
             squares = tl.sum(p * p, axis=1)
         else:
             for start in range(0, C, BLOCK_C):
                 c = start + chunk
                 mask = known & (c < C)[None, :]
-                x = _load_isolated(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM)
-                p = tl.exp(x - top[:, None]) * inverse[:, None]
+                part = load_isolated(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM)
+                p = _exp(part - top[:, None]) * inverse[:, None]
                 squares += tl.sum(p * p, axis=1)
         inverse = inverse / tl.maximum(tl.sqrt(squares), 1e-12)
 
@@ -153,11 +159,13 @@ def write_operands(
     h = tl.zeros((ROWS,), tl.float32)
     for start in range(0, BLOCK_C if WHOLE else padded_C, BLOCK_C):
         c = start + chunk
-        if not WHOLE:
+        if WHOLE:
+            part = x
+        else:
             mask = known & (c < C)[None, :]
-            x = _load_isolated(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM)
-        # Zero outside, where x is -inf.
-        p = tl.where(intact[:, None], tl.exp(x - top[:, None]) * inverse[:, None], 0.0)
+            part = load_isolated(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM)
+        # Zero outside, where the logits are -inf.
+        p = tl.where(intact[:, None], _exp(part - top[:, None]) * inverse[:, None], 0.0)
         right = p
         if not COSINE:
             log_p = tl.log(p + FLOOR)
@@ -199,9 +207,17 @@ def _isolate_kernel(
     tiles = tl.cdiv(N, PATCHES)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     n, is_patch, is_sample = tile_rows(tl.program_id(0) % tiles, N, PATCHES, SAMPLES, ROWS)
+    z_row = z_ptr + b * stride_zb + n * stride_zn
+    u_row = u_ptr + b * stride_ub + n * stride_un
+    x = None
+    if WHOLE:
+        c = tl.arange(0, BLOCK_C)
+        mask = (is_patch | is_sample)[:, None] & (c < C)[None, :]
+        x = load_isolated(z_row, u_row, stride_zc, stride_uc, c, mask, HAS_UNIFORM)
     write_operands(
-        z_row=z_ptr + b * stride_zb + n * stride_zn,
-        u_row=u_ptr + b * stride_ub + n * stride_un,
+        x=x,
+        z_row=z_row,
+        u_row=u_row,
         stride_zc=stride_zc,
         stride_uc=stride_uc,
         operands_ptr=operands_ptr,

@@ -22,6 +22,9 @@ class Launch:
     constants: dict[str, int]
     num_warps: int
     num_stages: int = 1
+    # The most registers of a thread. Unless told, the assembler would rather spill a few than take
+    # more than let a second program share the multiprocessor.
+    max_registers: int | None = None
 
     def arguments(self) -> dict[str, int]:
         """Constants and options, as a kernel is called with.
@@ -29,6 +32,8 @@ class Launch:
         Multiplications and additions are fused, said here because Triton's default changes.
         """
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
         return {**self.constants, **options, "enable_fp_fusion": True}
 
     def blocks(self, **sizes: int) -> int:
@@ -81,13 +86,6 @@ def weights_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if interpreted else dtype
 
 
-def gather_shapes(
-    B: int, N: int, D: int, *, after: bool, before: bool, only: bool
-) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Shapes of what `fsa_kernels.columns.gather` returns."""
-    return (B, N + 1, D), (B, N, 2 * D if before and (after or only) else D)
-
-
 def feature_step(dtype: torch.dtype) -> int:
     """The affinity product runs over features in steps of this many; they are padded to it."""
     return 128 // dtype.itemsize
@@ -129,16 +127,14 @@ def isolate(C: int) -> Launch:
 
 @lru_cache(maxsize=256)
 def predict(C: int, uniform_row: bool, dtype: torch.dtype) -> Launch:
-    """Features in `dtype` and texts -> the same; one row of the tile may be the uniform row.
-
-    Steps over features are as long as none spills with Triton 3.6 and 3.9: 8 to 48 bytes do at 64
-    float16 features, and at 32 float32 ones.
-    """
-    classes = _classes(C)
+    """Features in `dtype` and texts -> the same; one row of the tile may be the uniform row."""
     rows = {"ROWS": 32, "PATCHES": 32 - _SAMPLES - uniform_row, "SAMPLES": _SAMPLES}
-    product = {"BLOCK_C": 64, "BLOCK_E": 32 if dtype == torch.float16 else 64}
-    constants = {**rows, **product, "WHOLE": classes["WHOLE"], "CHUNK_C": classes["BLOCK_C"]}
-    return Launch(constants, num_warps=8, num_stages=2)
+    classes = _classes(C)
+    if not classes["WHOLE"]:
+        # Three tf32 products of more classes at once spill.
+        classes["BLOCK_C"] = 64
+    blocks = {**rows, **classes, "BLOCK_E": 32}
+    return Launch(blocks, num_warps=8, num_stages=2, max_registers=255)
 
 
 @lru_cache(maxsize=256)
@@ -166,7 +162,7 @@ def select_long() -> Launch:
 def gather() -> Launch:
     """Values and attended values side by side, and their mean."""
     blocks = {"BLOCK_N": 16, "BLOCK_D": 64, "MEAN_ROWS": 128, "MEAN_COLUMNS": 16}
-    return Launch(blocks, num_warps=4)
+    return Launch(blocks, num_warps=4, max_registers=255)
 
 
 @lru_cache(maxsize=256)

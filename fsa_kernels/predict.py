@@ -1,9 +1,10 @@
 """Features and texts -> the operands of the similarity product, in one launch.
 
 One program: a tile of rows as in `fsa_kernels.isolate`, with the image's uniform row below the
-samples where there is one. The scaled cosines of its rows with all texts go through a workspace of
-its own, in float32, and then on as logits do. Where every patch has a uniform row of its own, a
-second tile holds those.
+samples where there is one. The scaled cosines of its rows with all texts stay in registers up to
+256 classes, and go on as logits do; more classes come in chunks, through a workspace of the
+program's own in float32. Where every patch has a uniform row of its own, a second product takes
+those.
 
 Reads the features once for each chunk of classes (cached) and all texts once a program. Texts come
 as two halves in products with float16 features, so cosines are as exact as in float32; bfloat16 and
@@ -18,14 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fsa_kernels import launch, runtime
-from fsa_kernels.isolate import SCALE, Operands, tile_rows, write_operands
+from fsa_kernels.isolate import Operands, tile_rows, write_operands
 
 
 @triton.jit
 def _times_text(x, text, total, HALVES: tl.constexpr):
-    """total + x @ (SCALE text), as exactly as float32."""
-    # Scaled, so that its low half is no subnormal number.
-    text = text.to(tl.float32) * SCALE
+    """total + x @ text, as exactly as float32."""
+    text = text.to(tl.float32)
     if HALVES:
         # Halves times halves are exact in float32. The small product first.
         high = text.to(tl.float16)
@@ -38,60 +38,96 @@ def _times_text(x, text, total, HALVES: tl.constexpr):
 
 
 @triton.jit
-def _write_logits(
+def _logits(
     x_row,
     stride_xe,
-    has_x,
-    u_row,
-    stride_ue,
-    is_uniform,
+    known,
     scale,
     text_ptr,
     stride_tc,
     stride_te,
-    logits_ptr,
-    padded_C,
+    c,
     C,
     E,
-    UNIFORM_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Logits (ROWS,padded C) of a tile: scaled cosines of its rows of features with all texts.
+    """Logits (ROWS,BLOCK_C) of classes c: scaled cosines of rows of features with texts.
+
+    Args:
+        x_row: (ROWS,1) pointers to the first feature of each row.
+        stride_xe: from one feature to the next, of all rows or (ROWS,1).
+        known: (ROWS,) rows that have features.
+        scale: of the cosines, of all rows or (ROWS,).
+    """
+    HALVES: tl.constexpr = x_row.dtype.element_ty == tl.float16
+    total = tl.zeros((ROWS, BLOCK_C), tl.float32)
+    squares = tl.zeros((ROWS, BLOCK_E), tl.float32)
+    text_row = text_ptr + c.to(tl.int64)[None, :] * stride_tc
+    for start in range(0, E, BLOCK_E):
+        e = start + tl.arange(0, BLOCK_E)
+        at = e.to(tl.int64)
+        mask = known[:, None] & (e < E)[None, :]
+        x = tl.load(x_row + at[None, :] * stride_xe, mask=mask, other=0.0)
+        text_mask = (e < E)[:, None] & (c < C)[None, :]
+        text = tl.load(text_row + at[:, None] * stride_te, mask=text_mask, other=0.0)
+        total = _times_text(x, text, total, HALVES)
+        x = x.to(tl.float32)
+        squares += x * x
+    factor = scale / tl.maximum(tl.sqrt(tl.sum(squares, axis=1)), 1e-12)
+    return total * factor[:, None]
+
+
+@triton.jit
+def _isolated_logits(
+    x_row,
+    u_row,
+    stride_xe,
+    stride_ue,
+    known,
+    scale,
+    uniform_scale,
+    text_ptr,
+    stride_tc,
+    stride_te,
+    c,
+    C,
+    E,
+    UNIFORM_ROW: tl.constexpr,
+    UNIFORM_TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Logits (ROWS,BLOCK_C) of classes c minus uniform logits; -inf outside.
 
     Args:
         x_row: (ROWS,) pointers to the first feature of each row.
-        has_x: (ROWS,) rows whose features lie there.
-        u_row: pointer to the first feature of the image's uniform row; read if UNIFORM_ROW.
-        is_uniform: (ROWS,) the row that is the uniform row.
-        scale: (ROWS,) of the cosines.
+        u_row: the same of the uniform features, or if UNIFORM_ROW one pointer for all.
+        known: (ROWS,) rows that have features.
     """
-    HALVES: tl.constexpr = x_row.dtype.element_ty == tl.float16
-    rows = tl.arange(0, ROWS).to(tl.int64)[:, None]
-    for first in range(0, C, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        total = tl.zeros((ROWS, BLOCK_C), tl.float32)
-        squares = tl.zeros((ROWS,), tl.float32)
-        text_row = text_ptr + c.to(tl.int64)[None, :] * stride_tc
-        for start in range(0, E, BLOCK_E):
-            e = start + tl.arange(0, BLOCK_E)
-            at = e.to(tl.int64)
-            wide = (e < E)[None, :]
-            x = tl.load(
-                x_row[:, None] + at[None, :] * stride_xe, mask=has_x[:, None] & wide, other=0.0
-            )
-            if UNIFORM_ROW:
-                u = u_row + rows * 0 + at[None, :] * stride_ue
-                x += tl.load(u, mask=is_uniform[:, None] & wide, other=0.0)
-            text_mask = (e < E)[:, None] & (c < C)[None, :]
-            text = tl.load(text_row + at[:, None] * stride_te, mask=text_mask, other=0.0)
-            total = _times_text(x, text, total, HALVES)
-            x = x.to(tl.float32)
-            squares += tl.sum(x * x, axis=1)
-        factor = scale / SCALE / tl.maximum(tl.sqrt(squares), 1e-12)
-        out = logits_ptr + rows * padded_C + c[None, :]
-        tl.store(out, total * factor[:, None], mask=(c < C)[None, :])
+    x_row = x_row[:, None]
+    given = known
+    if UNIFORM_ROW:
+        # The last row of the tile is the uniform one: one product does for both.
+        is_uniform = tl.arange(0, ROWS) == ROWS - 1
+        x_row = tl.where(is_uniform[:, None], u_row, x_row)
+        stride_xe = tl.where(is_uniform[:, None], stride_ue, stride_xe)
+        scale = tl.where(is_uniform, uniform_scale, scale)
+        given = known | is_uniform
+    z = _logits(
+        x_row, stride_xe, given, scale, text_ptr, stride_tc, stride_te, c, C, E, ROWS, BLOCK_C,
+        BLOCK_E,
+    )  # fmt: skip
+    if UNIFORM_ROW:
+        z -= tl.sum(tl.where(is_uniform[:, None], z, 0.0), axis=0)[None, :]
+    if UNIFORM_TILE:
+        z -= _logits(
+            u_row[:, None], stride_ue, known, uniform_scale, text_ptr, stride_tc, stride_te, c, C,
+            E, ROWS, BLOCK_C, BLOCK_E,
+        )  # fmt: skip
+    return tl.where(known[:, None] & (c < C)[None, :], z, float("-inf"))
 
 
 @triton.jit(do_not_specialize=["N", "C"])
@@ -125,68 +161,40 @@ def _predict_kernel(
     SAMPLES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    CHUNK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     tiles = tl.cdiv(N, PATCHES)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     n, is_patch, is_sample = tile_rows(tl.program_id(0) % tiles, N, PATCHES, SAMPLES, ROWS)
-    r = tl.arange(0, ROWS)
-    is_uniform = r == ROWS - 1
-    has_x = is_patch | is_sample
-    u_image = u_ptr + b * stride_ub
-    tile_size = tl.cast(padded_C, tl.int64) * ROWS
-    logits = logits_ptr + tl.program_id(0) * (2 if UNIFORM_TILE else 1) * tile_size
-    _write_logits(
-        x_row=x_ptr + b * stride_xb + n * stride_xn,
-        stride_xe=stride_xe,
-        has_x=has_x,
-        u_row=u_image,
-        stride_ue=stride_ue,
-        is_uniform=is_uniform,
-        scale=tl.where(is_uniform, uniform_scale, scale) if UNIFORM_ROW else scale,
-        text_ptr=text_ptr,
-        stride_tc=stride_tc,
-        stride_te=stride_te,
-        logits_ptr=logits,
-        padded_C=padded_C,
-        C=C,
-        E=E,
-        UNIFORM_ROW=UNIFORM_ROW,
-        ROWS=ROWS,
-        BLOCK_C=BLOCK_C,
-        BLOCK_E=BLOCK_E,
-    )
-    if UNIFORM_TILE:
-        _write_logits(
-            x_row=u_image + n * stride_un,
-            stride_xe=stride_ue,
-            has_x=has_x,
-            u_row=u_image,
-            stride_ue=stride_ue,
-            is_uniform=is_uniform,
-            scale=uniform_scale,
-            text_ptr=text_ptr,
-            stride_tc=stride_tc,
-            stride_te=stride_te,
-            logits_ptr=logits + tile_size,
-            padded_C=padded_C,
-            C=C,
-            E=E,
-            UNIFORM_ROW=False,
-            ROWS=ROWS,
-            BLOCK_C=BLOCK_C,
-            BLOCK_E=BLOCK_E,
-        )
-    # Each row is read by other threads than those that wrote it.
-    tl.debug_barrier()
-    row = r.to(tl.int64) * padded_C
-    u_row = logits + tile_size + row
-    if UNIFORM_ROW:
-        u_row = logits + tile_size - padded_C + row * 0
+    known = is_patch | is_sample
+    x_row = x_ptr + b * stride_xb + n * stride_xn
+    u_row = u_ptr + b * stride_ub + (n * stride_un if UNIFORM_TILE else 0)
+    x = None
+    z_row = None
+    if WHOLE:
+        x = _isolated_logits(
+            x_row, u_row, stride_xe, stride_ue, known, scale, uniform_scale, text_ptr, stride_tc,
+            stride_te, tl.arange(0, BLOCK_C), C, E, UNIFORM_ROW, UNIFORM_TILE, ROWS, BLOCK_C,
+            BLOCK_E,
+        )  # fmt: skip
+    else:
+        # Through a workspace of the program's own.
+        tile_size = tl.cast(padded_C, tl.int64) * ROWS
+        r = tl.arange(0, ROWS).to(tl.int64)
+        z_row = logits_ptr + tl.program_id(0) * tile_size + r * padded_C
+        for first in range(0, C, BLOCK_C):
+            c = first + tl.arange(0, BLOCK_C)
+            z = _isolated_logits(
+                x_row, u_row, stride_xe, stride_ue, known, scale, uniform_scale, text_ptr,
+                stride_tc, stride_te, c, C, E, UNIFORM_ROW, UNIFORM_TILE, ROWS, BLOCK_C, BLOCK_E,
+            )  # fmt: skip
+            tl.store(z_row[:, None] + c[None, :], z, mask=(c < C)[None, :])
+        # Each row is read by other threads than those that wrote it.
+        tl.debug_barrier()
     write_operands(
-        z_row=logits + row,
-        u_row=u_row,
+        x=x,
+        z_row=z_row,
+        u_row=z_row,
         stride_zc=1,
         stride_uc=1,
         operands_ptr=operands_ptr,
@@ -197,11 +205,11 @@ def _predict_kernel(
         C=C,
         stride_operand=stride_operand,
         padded_C=padded_C,
-        HAS_UNIFORM=UNIFORM_ROW or UNIFORM_TILE,
+        HAS_UNIFORM=False,
         COSINE=COSINE,
         WHOLE=WHOLE,
         ROWS=ROWS,
-        BLOCK_C=CHUNK_C,
+        BLOCK_C=BLOCK_C,
     )
 
 
@@ -232,8 +240,8 @@ def predict(
     uniform_tile = uniform_features is not None and uniform.shape[1] > 1
     plan = launch.predict(C, uniform_row, features.dtype)
     programs = B * plan.blocks(PATCHES=N)
-    rows = plan.constants["ROWS"] * (2 if uniform_tile else 1)
-    logits = torch.empty((programs, rows, padded_C), dtype=torch.float32, device=features.device)
+    size = 0 if plan.constants["WHOLE"] else programs * plan.constants["ROWS"] * padded_C
+    logits = torch.empty((size,), dtype=torch.float32, device=features.device)
     with runtime.on_device(features):
         runtime.launch(
             _predict_kernel,

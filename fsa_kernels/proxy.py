@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fsa_kernels import launch, runtime
 from fsa_kernels.columns import columns_width, write_columns
+from fsa_kernels.options import Adaptations
 from fsa_kernels.tiles import tile_at
 
 # How many partial sums of a row are loaded at once.
@@ -174,10 +175,8 @@ def _apply_kernel(
     stride_ad,
     padded_N,
     ADD: tl.constexpr,
-    GATHER: tl.constexpr,
-    AFTER: tl.constexpr,
-    BEFORE: tl.constexpr,
-    ONLY: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
     WEIGHTS_TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -216,12 +215,12 @@ def _apply_kernel(
         add = add_ptr + b * stride_ab + i.to(tl.int64)[:, None] * stride_an
         add += d.to(tl.int64)[None, :] * stride_ad
         result += tl.load(add, mask=is_patch, other=0.0).to(tl.float32)
-    out = out_ptr + (b * (N + 1 if GATHER else N) + i)[:, None] * D + d[None, :]
+    out = out_ptr + (b * (N + 1 if FIRST else N) + i)[:, None] * D + d[None, :]
     tl.store(out, result.to(out_ptr.dtype.element_ty), mask=inside & wide)
-    if GATHER:
-        columns = columns_ptr + b * N * columns_width(D, AFTER, BEFORE, ONLY)
+    if FIRST:
+        columns = columns_ptr + b * N * columns_width(D, SECOND)
         value = value.to(tl.float32)
-        write_columns(columns, i, d, is_patch, result, value, D, scale, AFTER, BEFORE, ONLY)
+        write_columns(columns, i, d, is_patch, result, value, D, scale, FIRST, SECOND)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -298,37 +297,26 @@ def apply(state: State, value: Tensor, *, gain: float, add: Tensor | None = None
 
 
 def gather(
-    state: State, value: Tensor, *, gain: float, scale: float, **terms: bool
+    state: State, value: Tensor, adaptations: Adaptations, *, gain: float
 ) -> tuple[Tensor, Tensor]:
     """The first half of a feedback step: what the tail takes, and what A_f is multiplied with.
 
     Args:
         state: of `prepare`.
         value: V (B,N,D).
+        adaptations: the terms that are averaged.
         gain: ProxyCLIP's constant.
-        scale, **terms: `after`, `before` and `only`, as `fsa_kernels.columns.gather` takes them.
 
     Returns:
         As `fsa_kernels.columns.gather`.
     """
     if runtime.interpreting() and value.dtype == torch.bfloat16:
-        gathered, columns = gather(state, value.float(), gain=gain, scale=scale, **terms)
+        gathered, columns = gather(state, value.float(), adaptations, gain=gain)
         return gathered.to(value.dtype), columns.to(value.dtype)
     B, N, D = value.shape
-    gathered, columns = (value.new_empty(shape) for shape in launch.gather_shapes(B, N, D, **terms))
+    gathered, columns = (value.new_empty(shape) for shape in adaptations.gather_shapes(B, N, D))
     for first, weights, masses in _blocks(state, value, gain):
-        _apply(
-            first,
-            weights,
-            masses,
-            value,
-            gathered,
-            columns=columns,
-            scale=scale,
-            after=terms["after"],
-            before=terms["before"],
-            only=terms["only"],
-        )
+        _apply(first, weights, masses, value, gathered, gathers=(columns, adaptations))
     return gathered, columns
 
 
@@ -384,17 +372,17 @@ def _apply(
     out: Tensor,
     *,
     add: Tensor | None = None,
-    columns: Tensor | None = None,
-    scale: float = 1.0,
-    after: bool = False,
-    before: bool = False,
-    only: bool = False,
+    gathers: tuple[Tensor, Adaptations] | None = None,
 ) -> None:
-    """One block of rows of `apply`, or with columns of `gather`."""
+    """One block of rows of `apply`; or of `gather`, with its columns and the terms they are for."""
+    columns, first, second, scale = out, 0, False, 1.0
+    if gathers is not None:
+        columns, adaptations = gathers
+        first, second, scale = adaptations.first, adaptations.second, adaptations.scale
     B, N, D = value.shape
     rows = weights.shape[1]
     wanted = min(rows, out.shape[1] - first_row)
-    plan = launch.apply_affinity(B * N, D, value.dtype, gather=columns is not None)
+    plan = launch.apply_affinity(B * N, D, value.dtype, gather=gathers is not None)
     with runtime.on_device(value):
         runtime.launch(
             _apply_kernel,
@@ -404,21 +392,19 @@ def _apply(
             value,
             value if add is None else add,
             out,
-            out if columns is None else columns,
+            columns,
             N,
             D,
             first_row,
             rows,
             wanted,
-            float(scale),
+            scale,
             *runtime.strides(value),
             *runtime.strides(value if add is None else add),
             weights.stride(1),
             ADD=add is not None,
-            GATHER=columns is not None,
-            AFTER=after,
-            BEFORE=before,
-            ONLY=only,
+            FIRST=first,
+            SECOND=second,
             DOT_PRECISION=_dot_precision(value.dtype),
             WEIGHTS_TILE=launch.WEIGHTS_TILE,
             **plan.arguments(),

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fsa_kernels import launch, runtime
 from fsa_kernels.arithmetic import LOG2E, fast_exp2
+from fsa_kernels.options import Options
 from fsa_kernels.similarity import ABSENT
 
 _PRUNINGS = {"confidence": 0, "ratio": 1, "threshold": 2, None: 3}
@@ -44,9 +45,6 @@ THRESHOLD: tl.constexpr = tl.constexpr(2)
 # The first pivot of a long enough row is the threshold of every eighth of its entries.
 SAMPLE_STRIDE: tl.constexpr = tl.constexpr(8)
 SHORTEST_SAMPLED: tl.constexpr = tl.constexpr(256)
-
-# Beyond it float32's exponential of beta S overflows.
-_LARGEST_BETA = 80
 
 
 @triton.jit
@@ -183,6 +181,12 @@ def _search_sample(s_row, padded_N, target, PRUNING: tl.constexpr, LENGTH: tl.co
 
 
 @triton.jit
+def _target(limit, mass, PRUNING: tl.constexpr):
+    """The mass that is kept of a row: a share of its confidence, or so many patches."""
+    return limit * mass if PRUNING == CONFIDENCE else limit
+
+
+@triton.jit
 def _room(above, target, threshold, largest, PRUNING: tl.constexpr):
     """The tie rule: how many patches at the threshold are kept, lowest index first.
 
@@ -211,11 +215,19 @@ def _exponentials(S, largest, beta, SCALING: tl.constexpr):
 
 
 @triton.jit
-def _row_is_intact(h_ptr, N, first_row, rows):
-    """Whether the patch that this program's row belongs to has finite logits."""
+def _normaliser(total, h_ptr, N, first_row, rows):
+    """What the exponentials of this program's row are multiplied with: 1 / total, or NaN where the
+    logits of the row's patch are not finite."""
     image = (tl.program_id(0) // rows).to(tl.int64)
     h = tl.load(h_ptr + image * N + first_row + tl.program_id(0) % rows)
-    return h == h
+    return tl.where(h == h, 1.0 / total, float("nan"))
+
+
+@triton.jit
+def _store(out_ptr, stride_row, j, value, padded_N):
+    """Entries j of this program's row of A_f."""
+    out = out_ptr + tl.program_id(0).to(tl.int64) * stride_row + j
+    tl.store(out, value.to(out_ptr.dtype.element_ty), mask=j < padded_N)
 
 
 @triton.jit(do_not_specialize=["N", "first_row", "rows"])
@@ -229,14 +241,12 @@ def _select_kernel(
     padded_N,
     stride_row,
     beta,
-    share,
     limit,
     PRUNING: tl.constexpr,
     SCALING: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    s_row = s_ptr + row * padded_N
+    s_row = s_ptr + tl.program_id(0).to(tl.int64) * padded_N
     j = tl.arange(0, BLOCK_N)
     S = tl.load(s_row + j, mask=j < padded_N, other=ABSENT)
     largest = tl.max(S, axis=0)
@@ -246,8 +256,7 @@ def _select_kernel(
     if PRUNING <= RATIO:
         weight = _weight(S, PRUNING)
         mass = tl.sum(weight, axis=0)
-        # `share` of the whole confidence, or `limit` patches.
-        target = share * mass if PRUNING == CONFIDENCE else limit
+        target = _target(limit, mass, PRUNING)
         first = ABSENT
         slope = 0.0
         if BLOCK_N >= SHORTEST_SAMPLED:
@@ -271,11 +280,9 @@ def _select_kernel(
         key = tl.where(tied & (tl.cumsum(tied.to(tl.int32), axis=0) > room), -1, key)
 
     exponential = tl.where(key >= cut, _exponentials(S, largest, beta, SCALING), 0.0)
-    scale = 1.0 / tl.sum(exponential, axis=0)
-    scale = tl.where(_row_is_intact(h_ptr, N, first_row, rows), scale, float("nan"))
+    scale = _normaliser(tl.sum(exponential, axis=0), h_ptr, N, first_row, rows)
     # Every thread has read its part of S before this: the sum above took all of them.
-    out = out_ptr + row * stride_row + j
-    tl.store(out, (exponential * scale).to(out_ptr.dtype.element_ty), mask=j < padded_N)
+    _store(out_ptr, stride_row, j, exponential * scale, padded_N)
 
 
 @triton.jit
@@ -304,15 +311,13 @@ def _select_long_kernel(
     padded_N,
     stride_row,
     beta,
-    share,
     limit,
     PRUNING: tl.constexpr,
     SCALING: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """`_select_kernel` for rows that registers cannot hold: the same search, piece by piece."""
-    row = tl.program_id(0).to(tl.int64)
-    s_row = s_ptr + row * padded_N
+    s_row = s_ptr + tl.program_id(0).to(tl.int64) * padded_N
     largest = ABSENT
     smallest = 2.0
     mass = 0.0
@@ -325,7 +330,7 @@ def _select_long_kernel(
     room = N.to(tl.float32)
 
     if PRUNING <= RATIO:
-        target = share * mass if PRUNING == CONFIDENCE else limit
+        target = _target(limit, mass, PRUNING)
         # The search of `_search`.
         low = smallest
         high = tl.where(mass > target, largest, smallest)
@@ -363,7 +368,7 @@ def _select_long_kernel(
         exponential, seen = _kept_exponentials(S, seen, threshold, room, largest, beta, SCALING)
         total += tl.sum(exponential, axis=0)
 
-    scale = tl.where(_row_is_intact(h_ptr, N, first_row, rows), 1.0 / total, float("nan"))
+    scale = _normaliser(total, h_ptr, N, first_row, rows)
     seen = 0
     for start in range(0, N, BLOCK_N):
         S = _piece(s_row, start, padded_N, BLOCK_N)
@@ -372,22 +377,15 @@ def _select_long_kernel(
         # read this one.
         tl.debug_barrier()
         j = start + tl.arange(0, BLOCK_N)
-        out = out_ptr + row * stride_row + j
-        tl.store(out, (exponential * scale).to(out_ptr.dtype.element_ty), mask=j < padded_N)
+        _store(out_ptr, stride_row, j, exponential * scale, padded_N)
 
 
 def select(
     S: Tensor,
     h: Tensor,
     first_row: int,
+    options: Options,
     dtype: torch.dtype,
-    *,
-    beta: float,
-    scaling: bool,
-    pruning: str | None,
-    confidence: float,
-    ratio: float,
-    threshold: float,
 ) -> Tensor:
     """Rows of A_f (B,rows,N) in `dtype`, over the memory of S (B,rows,padded N).
 
@@ -395,15 +393,19 @@ def select(
         S: of `similarity`; overwritten.
         h: (B,N), NaN for patches whose row is NaN.
         first_row: the patch that the first row belongs to.
+        options: how A_f is made; `beta` within 80 of 0, beyond which its exponential overflows.
         dtype: float16, bfloat16 or float32.
-        beta, scaling, pruning, confidence, ratio, threshold: as in `fsa.FSAConfig`.
     """
-    if abs(beta) > _LARGEST_BETA:
-        raise ValueError(f"beta={beta} is not accepted: it must be within {_LARGEST_BETA} of 0")
     B, rows, padded_N = S.shape
     N = h.shape[1]
     out = S.view(dtype)
-    limit = max(1, math.floor(ratio * N)) if pruning == "ratio" else threshold
+    limit = {
+        "confidence": options.confidence,
+        "ratio": max(1, math.floor(options.ratio * N)),
+        # The bits of -0.0 are negative.
+        "threshold": options.threshold + 0.0,
+        None: 0.0,
+    }[options.pruning]
     if N <= launch.LONGEST_ROW_IN_REGISTERS:
         kernel, plan = _select_kernel, launch.select(N)
     else:
@@ -420,12 +422,10 @@ def select(
             rows,
             padded_N,
             out.stride(1),
-            float(beta),
-            float(confidence),
-            # The bits of -0.0 are negative.
-            float(limit) + 0.0,
-            PRUNING=_PRUNINGS[pruning],
-            SCALING=scaling,
+            float(options.beta),
+            float(limit),
+            PRUNING=_PRUNINGS[options.pruning],
+            SCALING=options.scaling,
             **plan.arguments(),
         )
     return out[:, :, :N]

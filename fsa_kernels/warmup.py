@@ -8,9 +8,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from fsa_kernels.options import Adaptations, Options
+
 # Triton compiles again where a stride becomes a multiple of 16, or stops being one. The widths of
 # models are multiples of 16, so one such width stands for all.
 _WIDTH = 64
+_PAPER = Options(beta=3.0, confidence=0.45)
 
 
 def warmup(
@@ -57,7 +60,7 @@ def _predictions(logits: Tensor) -> None:
     from fsa_kernels.feedback import feedback_attention
 
     for uniform in (None, logits[:, :1].contiguous(), logits):
-        feedback_attention(logits, uniform, dtype=logits.dtype, beta=3.0, confidence=0.45)
+        feedback_attention(logits, uniform, options=_PAPER, dtype=logits.dtype)
 
 
 def _features(features: Tensor, C: int) -> None:
@@ -66,28 +69,24 @@ def _features(features: Tensor, C: int) -> None:
     for dtype in {torch.float32, features.dtype}:
         texts = torch.ones((C, features.shape[-1]), dtype=dtype, device=features.device)
         for uniform in (None, features[:, :1], features):
-            feedback_attention(
-                features, uniform, texts, dtype=features.dtype, beta=3.0, confidence=0.45
-            )
+            feedback_attention(features, uniform, texts, options=_PAPER, dtype=features.dtype)
 
 
 def _values(value: Tensor) -> None:
     from fsa_kernels import columns
 
-    terms = {"after": True, "before": True, "only": True}
-    columns.gather(value, value[:, :, 1:], scale=1 / 3, **terms)
+    columns.gather(value, value[:, :, 1:], Adaptations())
 
 
 def _affinities(features: Tensor, value: Tensor) -> None:
     from fsa_kernels import proxy
 
     D = value.shape[-1]
-    terms = {"after": True, "before": True, "only": True}
     for given in (features, _as_map(features)):
         state = proxy.prepare(given, shift=1.2, gain=3.0, stored=True)
     for given in (value, _as_map(value)):
         proxy.apply(state, given, gain=3.0)
-        _, columns = proxy.gather(state, given, gain=3.0, scale=1 / 3, **terms)
+        _, columns = proxy.gather(state, given, Adaptations(), gain=3.0)
         proxy.apply(state, columns[..., D:], gain=3.0, add=columns[..., :D])
 
 

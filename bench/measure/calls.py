@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 import fsa_kernels
+from fsa_kernels import Adaptations, Options
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 # Of ViT-B/16 and of DINO ViT-B/8.
 HEADS, HEAD_WIDTH, EMBEDDING, VFM_WIDTH = 12, 64, 512, 768
-_PAPER = {"beta": 3.0, "confidence": 0.45}
-_SCALES = {"logit_scale": 20.0, "uniform_logit_scale": 35.0}
-_TERMS = ("after", "before", "only")
+_PAPER = Options(beta=3.0, confidence=0.45, logit_scale=20.0, uniform_logit_scale=35.0)
+_ALL = Adaptations()
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def from_logits(
         uniform: "one" row an image, "each" patch its own, or None.
         dtype, out: of the logits and of A_f.
         layout: "plain", "transposed", "sliced" or "misaligned".
-        **options: of `fsa_kernels.feedback_attention`.
+        **options: of `fsa_kernels.Options`.
     """
 
     def run() -> Any:
@@ -75,7 +75,7 @@ def from_logits(
         rows = {"one": 1, "each": N, None: 0}[uniform]
         of_uniform = _empty(B, rows, C, dtype=dtype) if rows else None
         return fsa_kernels.feedback_attention(
-            logits, of_uniform, dtype=out or dtype, **(_PAPER | options)
+            logits, of_uniform, options=_PAPER._replace(**options), dtype=out or dtype
         )
 
     return run
@@ -111,7 +111,7 @@ def from_features(
         if layout == "transposed texts":
             text = _empty(E, C, dtype=texts).T
         return fsa_kernels.feedback_attention(
-            features, of_uniform, text, dtype=dtype, **(_PAPER | _SCALES | options)
+            features, of_uniform, text, options=_PAPER._replace(**options), dtype=dtype
         )
 
     return run
@@ -123,7 +123,7 @@ def gathered(
     *,
     H: int = HEADS,
     d: int = HEAD_WIDTH,
-    terms: tuple[str, ...] = _TERMS,
+    adaptations: Adaptations = _ALL,
     dtype: torch.dtype = HALF,
     layout: str = "host",
 ) -> Callable[[], Any]:
@@ -131,7 +131,7 @@ def gathered(
 
     Args:
         B, N, H, d: images, patches, heads, their width.
-        terms: of "after", "before" and "only".
+        adaptations: the terms that are averaged.
         dtype: of the values.
         layout: "host", heads cut out of rows of width H d; or "plain".
     """
@@ -142,8 +142,7 @@ def gathered(
             attended = _empty(B, N, H, d, dtype=dtype).transpose(1, 2)
         else:
             value, attended = (_empty(B, H, L, d, dtype=dtype) for L in (N + 1, N))
-        wanted = {name: name in terms for name in _TERMS}
-        return fsa_kernels.gather(value, attended, scale=1 / len(terms), **wanted)
+        return fsa_kernels.gather(value, attended, adaptations)
 
     return run
 
@@ -155,6 +154,7 @@ def proxied(
     F: int = VFM_WIDTH,
     D: int = HEADS * HEAD_WIDTH,
     stored: bool = True,
+    adaptations: Adaptations = _ALL,
     dtype: torch.dtype = HALF,
     layout: str = "host",
 ) -> Callable[[], Any]:
@@ -163,6 +163,7 @@ def proxied(
     Args:
         B, N, F, D: images, patches, width of the features and of the values.
         stored: whether the affinity is kept.
+        adaptations: the terms that are averaged.
         dtype: of features and values.
         layout: "host", values with patches innermost, and the first half of columns as what is
             added; or "plain".
@@ -176,8 +177,7 @@ def proxied(
         if layout == "transposed features":
             features = _empty(B, F, N, dtype=dtype).transpose(1, 2)
         state = fsa_kernels.proxy_prepare(features, shift=1.2, gain=3.0, stored=stored)
-        wanted = dict.fromkeys(_TERMS, True)
-        fsa_kernels.proxy_gather(state, value, gain=3.0, scale=1 / 3, **wanted)
+        fsa_kernels.proxy_gather(state, value, adaptations, gain=3.0)
         fsa_kernels.proxy_apply(state, value, gain=3.0)
         product = _empty(B, N, 2 * D, dtype=dtype)
         fsa_kernels.proxy_apply(state, product[..., D:], gain=3.0, add=product[..., :D])
@@ -225,7 +225,8 @@ def quick() -> Iterator[KernelCall]:
     yield KernelCall("strides of zero", _strides_of_zero)
     yield KernelCall("features of a host, large tiles", from_features(1, 1764, 171))
     yield KernelCall("features, a uniform row each", from_features(1, 49, 21, uniform="each"))
-    yield KernelCall("heads", gathered(1, 49))
+    for terms in every_adaptations():
+        yield KernelCall(f"heads, {terms}", gathered(1, 441, adaptations=terms))
     yield KernelCall("ProxyCLIP, large tiles", proxied(1, 1764))
     yield KernelCall("ProxyCLIP, streamed", proxied(1, 64, stored=False))
     yield KernelCall("rows in blocks", _applied)
@@ -293,9 +294,8 @@ def exhaustive() -> Iterator[KernelCall]:
 
     for dtype in types:
         yield KernelCall(f"gather {dtype}", gathered(1, 441, dtype=dtype))
-    for count in (1, 2, 3):
-        for terms in itertools.combinations(_TERMS, count):
-            yield KernelCall(f"gather {terms}", gathered(1, 4, H=3, d=8, terms=terms))
+    for terms in every_adaptations():
+        yield KernelCall(f"gather {terms}", gathered(1, 4, H=3, d=8, adaptations=terms))
     for B, N, H, d in ((1, 1, 1, 1), (2, 2, 1, 1), (1, 16, 1, 1), (1, 2, 2, 7)):
         for layout in ("host", "plain"):
             yield KernelCall(
@@ -316,9 +316,14 @@ def exhaustive() -> Iterator[KernelCall]:
     yield from of_marks()
 
 
+def every_adaptations() -> list[Adaptations]:
+    """All sets of terms but the empty one."""
+    return [Adaptations(*some) for some in itertools.product((True, False), repeat=3) if any(some)]
+
+
 def _strides_of_zero() -> None:
     logits = torch.empty(1, dtype=HALF).expand(2, 40, 9)
-    fsa_kernels.feedback_attention(logits, logits[:, :1], dtype=HALF, **_PAPER)
+    fsa_kernels.feedback_attention(logits, logits[:, :1], options=_PAPER, dtype=HALF)
 
 
 def _strides_beyond_32_bits() -> None:
@@ -326,10 +331,10 @@ def _strides_beyond_32_bits() -> None:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE of Linux
     nothing = mmap.mmap(-1, 2 * 7_600_000_000, flags=flags)
     logits = torch.frombuffer(nothing, dtype=HALF).as_strided((3, 4, 5), (2**31 + 16, 2**30, 1))
-    fsa_kernels.feedback_attention(logits, None, dtype=HALF, **_PAPER)
+    fsa_kernels.feedback_attention(logits, None, options=_PAPER, dtype=HALF)
 
 
 def _applied() -> None:
     # The product of each block of rows is PyTorch's, on the CPU: small.
     columns = torch.zeros((1, 40, 16), dtype=HALF)
-    fsa_kernels.apply_feedback(_empty(1, 40, 9), None, None, columns, **_PAPER)
+    fsa_kernels.apply_feedback(_empty(1, 40, 9), None, None, columns, options=_PAPER)

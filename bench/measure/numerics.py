@@ -117,7 +117,7 @@ class ExactFeedback:
 
 def exact(row: OpRow, inputs: Inputs) -> Exact:
     """What the judged rows of a result should be."""
-    images = sorted({0, row.B - 1})
+    images = sorted({0, len(inputs.patch_logits) - 1})
     wide = inputs.images(images)
     N, device = wide.patch_logits.shape[1], wide.patch_logits.device
     every = torch.arange(N, device=device)

@@ -50,84 +50,60 @@ def rehearse(folder: Path | None) -> int:
     Args:
         folder: for what they write; default a new one.
     """
+    from bench.measure import runner
+
     folder = Path(folder or tempfile.mkdtemp(prefix="fsa-rehearsal-"))
     folder.mkdir(parents=True, exist_ok=True)
-    steps = {
-        "launches over a driver that does nothing": _launch,
-        "tests": _test,
-        **{f"bench gpu --only {part}": partial(_measure, part, folder) for part in _parts()},
-        "bench tables": partial(_tables, folder),
-    }
+    steps = {"python -m bench driver": _launch}
+    steps |= {command: partial(_rehearsed, command, folder) for command in runner.session()}
     failed = []
+    began = time.monotonic()
     for name, step in steps.items():
         start = time.monotonic()
         print(f"\n== {name}", flush=True)
         code = step()
-        print(f"== {name}: {'done' if code == 0 else 'FAILED'}, {time.monotonic() - start:.0f} s")
+        print(
+            f"== {'done' if code == 0 else 'FAILED'}, {time.monotonic() - start:.0f} s", flush=True
+        )
         if code != 0:
             failed.append(name)
-    print(f"\n{folder} holds what was written. " + (f"Failed: {failed}" if failed else "All ran."))
+    print(f"\n{folder} holds what was written, in {time.monotonic() - began:.0f} s.")
+    print(
+        "\n".join(["Failed:", *failed]) if failed else "A rehearsal: all ran, nothing was measured."
+    )
     return int(bool(failed))
 
 
-def _parts() -> tuple[str, ...]:
-    from bench.measure import runner
-
-    return runner.PARTS
-
-
-def _command(
-    *arguments: str, interpreted: bool, kept: bool = False
-) -> subprocess.CompletedProcess[str]:
-    """Runs Python on a command line; its output is shown, or kept."""
+def _python(*arguments: str, interpreted: bool = True) -> int:
+    """Runs Python on a command line; its exit code."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if interpreted:
         environment["TRITON_INTERPRET"] = "1"
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE if kept else None,
-    )
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment).returncode
 
 
 def _launch() -> int:
+    """Real calls of every kernel, before its results are looked at in the interpreter."""
     if reason := driver.obstacle():
         print(f"left out: {reason}")
         return 0
-    return _command("-m", "bench", "driver", interpreted=False).returncode
+    return _python("-m", "bench", "driver", interpreted=False)
 
 
-def _test() -> int:
-    """The first test of each file that a session runs; all of them are collected."""
-    files = gpu_tests()
-    # Whatever the project's own options: one name a line.
-    pytest = ("-m", "pytest", "-o", "addopts=-q", "-m", "not slow")
-    collected = _command(*pytest, "--collect-only", *files, interpreted=True, kept=True)
-    nodes = [line for line in collected.stdout.splitlines() if "::" in line]
-    first = {node.partition("::")[0]: node for node in reversed(nodes)}
-    print(f"{len(nodes)} tests in {len(files)} files")
-    if collected.returncode != 0 or set(first) != set(files):
-        print(collected.stdout[-2000:])
-        return 1
-    result = _command(*pytest, *first.values(), interpreted=True, kept=True)
-    print(result.stdout[-2000:] if result.returncode else f"the first of each file: {len(first)}")
-    return result.returncode
-
-
-def _measure(part: str, folder: Path) -> int:
-    code = "import sys; from bench.measure import rehearsal; sys.exit(rehearsal.measure(sys.argv))"
-    arguments = ("gpu", "--only", part, "--out", str(folder / "gpu.json"))
-    return _command("-c", code, *arguments, interpreted=True).returncode
-
-
-def _tables(folder: Path) -> int:
-    result = _command("-m", "bench", "tables", "--results", str(folder), interpreted=True)
-    if result.returncode == 0 and "rehearsal" not in (folder / "RESULTS.md").read_text():
+def _rehearsed(command: str, folder: Path) -> int:
+    """One command of a session as it stands, with what makes it a rehearsal."""
+    _, *arguments = command.split()
+    if arguments[1] == "pytest":
+        # All tests are collected, and the first of each file is run.
+        return _python(*arguments, "-p", "bench.measure.first_tests")
+    if arguments[2] == "gpu":
+        code = "import sys; from bench.measure import rehearsal as r; sys.exit(r.measure(sys.argv))"
+        return _python("-c", code, *arguments[2:], "--out", str(folder / "gpu.json"))
+    code = _python(*arguments, "--results", str(folder))
+    if code == 0 and "rehearsal" not in (folder / "RESULTS.md").read_text():
         print("the page does not say that it is a rehearsal")
         return 1
-    return result.returncode
+    return code
 
 
 def measure(arguments: list[str]) -> int:
@@ -230,7 +206,7 @@ def toy_replacements() -> Iterator[tuple[Any, str, Any]]:
     ours, of_host, of_picture = op.ours, HostRow.inputs, PictureRow.contenders
 
     def op_inputs(row: OpRow, device: torch.device, dtype: torch.dtype) -> op.Inputs:
-        return op.make_inputs(OpRow(row.kind, row.B, 12, 5), _CPU, dtype)
+        return op.make_inputs(OpRow(row.kind, min(row.B, 2), 12, 5), _CPU, dtype)
 
     def host_inputs(row: HostRow, device: torch.device, dtype: torch.dtype) -> Any:
         return of_host(HostRow(row.host, _TOY_BACKBONE, side=32, C=3), _CPU, dtype)

@@ -99,7 +99,8 @@ def session() -> list[str]:
     from bench.measure.rehearsal import gpu_tests
 
     return [
-        f"python -m pytest {' '.join(gpu_tests())}",
+        # In one process: there is one GPU.
+        f"python -m pytest -n 0 {' '.join(gpu_tests())}",
         *(f"python -m bench gpu --only {part}" for part in PARTS),
         "python -m bench tables",
     ]

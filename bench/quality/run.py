@@ -40,13 +40,28 @@ from fsa.models.tower import Tower
 from fsa.pictures import windows
 from fsa.segment.inspection import Attentions, attentions
 from fsa.segment.segmentor import load_segmentor
-from fsa.tiny.compose import NAMES, PICTURES, SIDE, SINGLES, TESTS, Split, asked_classes
+from fsa.tiny.compose import (
+    NAMES,
+    PICTURES,
+    SIDE,
+    SINGLE_PICTURES,
+    SINGLES,
+    TESTS,
+    Split,
+    asked_classes,
+)
 from fsa.tiny.vocabulary import CLASSES, OBJECTS
 
 FILE = RESULTS / "quality.json"
 
-# "qq" is ClearCLIP.
-HOSTS = ("clip", "maskclip", "sclip", "clearclip", "proxyclip", "qk", "kk", "vv")
+# Host and options by what the results call them; "qq" is ClearCLIP.
+HOSTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "clip": ("clip", {}),
+    "maskclip": ("maskclip", {}),
+    "sclip": ("sclip", {}),
+    "sclip, matched mass": ("sclip", {"match_mass": True}),
+    **{name: (name, {}) for name in ("clearclip", "proxyclip", "qk", "kk", "vv")},
+}
 PROTOCOLS = (f"{NAMES} names", "all names")
 TOP_K = (1, 5, 10)
 
@@ -117,7 +132,9 @@ class Evaluator:
         self._text = TextEncoder(self.loaded)
         visual = self.loaded.model.visual
         self.tower = SharedTower(visual)
-        self.hosts = {name: hosts.build(name, visual) for name in HOSTS}
+        self.hosts = {
+            name: hosts.build(host, visual, **options) for name, (host, options) in HOSTS.items()
+        }
         for host in self.hosts.values():
             host.tower = self.tower
         self.vfm = load_vfm(LAYER, tower=self.tower, mean=self.loaded.mean, std=self.loaded.std)
@@ -389,7 +406,7 @@ def top1(evaluator: Evaluator, split: Split, pictographs: Path) -> dict[str, Any
     """Accuracy among all object names on scenes of one object, by the model's own embedding."""
     text = evaluator.text(split.class_names)[: len(OBJECTS)]
     right = []
-    for scenes in split.scenes(pictographs, len(OBJECTS)):
+    for scenes in split.scenes(pictographs, SINGLE_PICTURES):
         best = (evaluator.image_features(scenes.pictures) @ text.T).argmax(dim=1)
         right.append(best == torch.tensor([objects[0] for objects in scenes.objects]))
     outcome = torch.cat(right).numpy()

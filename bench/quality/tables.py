@@ -12,6 +12,7 @@ _TITLES = {
     "clip": "CLIP",
     "maskclip": "MaskCLIP",
     "sclip": "SCLIP",
+    "sclip, matched mass": "SCLIP, `match_mass=True`",
     "clearclip": "ClearCLIP, qq",
     "proxyclip": "ProxyCLIP (layer)",
     "qk": "qk",

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it, so that help and mistakes a
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -48,5 +49,8 @@ def common(
 
 def main() -> None:
     """Runs the command; an error of ours is one line on stderr and exit code 1."""
+    # Threads of PyTorch that wait must not keep a core from those that read and write pictures.
+    # It is read when PyTorch is imported, which no command has done yet.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with one_line_messages():
         app()

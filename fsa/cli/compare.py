@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fsa.cli import options
+from fsa.cli.groups import with_groups
 from fsa.cli.terminal import shown
 
 
+@with_groups
 def compare(
+    *,
     picture: Annotated[Path, typer.Argument(help="A picture.", show_default=False)],
-    classes: options.Classes = "",
-    classes_file: options.ClassesFile = None,
+    classes: options.ClassOptions,
     patch: Annotated[
         str | None,
         typer.Option(help="ROW,COL of the patch to look at; default the middle one."),
     ] = None,
-    host: options.Host = options.DEFAULT_HOST,
-    model: options.Model = "tiny",
-    pretrained: options.Pretrained = None,
-    vfm: options.Vfm = None,
-    vfm_pretrained: options.VfmPretrained = None,
-    window: options.Window = None,
-    stride: options.Stride = None,
-    short_side: options.ShortSide = None,
-    device: options.Device = None,
-    cache: options.Cache = True,
+    model: options.ModelOptions,
+    sizes: options.SizeOptions,
+    compute: options.DeviceOptions,
     out: Annotated[Path, typer.Option(help="The picture that is written.")] = Path(
         "fsa-compare.png"
     ),
@@ -40,19 +36,7 @@ def compare(
     """
     from fsa.showcase.comparison import parse_patch, run
 
-    class_list = options.classes_given(classes, classes_file)
+    class_list = classes.read()
     place = parse_patch(patch) if patch is not None else None
-
-    from fsa.segment.segmentor import load_segmentor
-
-    segmentor = load_segmentor(
-        host.value,
-        model,
-        pretrained,
-        vfm,
-        device=device,
-        vfm_pretrained=vfm_pretrained,
-        cache_text=cache,
-    )
-    sizes = {"window": window, "stride": stride, "short_side": short_side}
-    typer.echo(shown(run(segmentor, picture, class_list, out, patch=place, **sizes)))
+    segmentor = options.load_segmentor(model, compute)
+    typer.echo(shown(run(segmentor, picture, class_list, out, patch=place, **asdict(sizes))))

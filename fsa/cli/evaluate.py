@@ -5,6 +5,7 @@ Nothing heavy is imported before a command needs it, so that help and mistakes a
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fsa.cli import options
+from fsa.cli.groups import with_groups
 from fsa.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,7 +35,21 @@ class OnError(str, Enum):
     skip = "skip"
 
 
+@dataclass(frozen=True)
+class GivenModel(options.ModelOptions):
+    """As `ModelOptions`, but None where nothing was given, which --list does not ask for."""
+
+    host: options.HostIfGiven = None  # type: ignore[assignment]
+    model: options.ModelIfGiven = None  # type: ignore[assignment]
+
+    def with_defaults(self) -> options.ModelOptions:
+        """What is evaluated."""
+        return replace(self, host=self.host or options.DEFAULT_HOST, model=self.model or "tiny")
+
+
+@with_groups
 def evaluate(
+    *,
     dataset: Annotated[
         str, typer.Argument(help='A benchmark (see "fsa data list"), or "folder".')
     ] = "",
@@ -44,11 +60,7 @@ def evaluate(
         bool,
         typer.Option("--list", help="Print the presets, and the paper's numbers with commands."),
     ] = False,
-    host: options.HostIfGiven = None,
-    model: options.ModelIfGiven = None,
-    pretrained: options.Pretrained = None,
-    vfm: options.Vfm = None,
-    vfm_pretrained: options.VfmPretrained = None,
+    chosen: GivenModel,
     feedback: options.Feedback = True,
     preset: Annotated[
         str | None,
@@ -114,8 +126,7 @@ def evaluate(
             help="Smooth pictures when they are made smaller; default no, as published.",
         ),
     ] = None,
-    beta: options.Beta = None,
-    confidence: options.Confidence = None,
+    changes: options.FeedbackOptions,
     feedback_logit_scale: Annotated[
         float | None,
         typer.Option(
@@ -156,10 +167,7 @@ def evaluate(
     chunk: Annotated[
         int | None, typer.Option(help="Pictures per unit of work; default the window batch.")
     ] = None,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    backend: options.Backend = options.BackendName.auto,
-    cache: options.Cache = True,
+    compute: options.ComputeOptions,
     out: Annotated[
         Path | None, typer.Option(help="Folder of the results; default one under fsa-eval/.")
     ] = None,
@@ -174,20 +182,19 @@ def evaluate(
     pictures are shared out: torchrun --nproc-per-node 8 -m fsa eval ...
     """
     if list_cells:
-        typer.echo(_listing(dataset, host.value if host else None, model))
+        typer.echo(_listing(dataset, chosen.host.value if chosen.host else None, chosen.model))
         return
     if not dataset or root is None:
         raise InputError(
             "name a dataset and where it lies: fsa eval voc21 --root DIR, or fsa eval folder "
             "--root DIR for images/, masks/ and classes.txt"
         )
-    host_name = (host or options.DEFAULT_HOST).value
-    model = model or "tiny"
+    model = chosen.with_defaults()
 
     # What can be wrong is found before the models are loaded.
     from fsa.evaluation import protocol
 
-    family = preset or protocol.family_of(host_name, model, feedback)
+    family = preset or protocol.family_of(model.host.value, model.model, feedback)
     settings = protocol.preset(family, dataset).override(
         short_side=short_side,
         window=window,
@@ -211,31 +218,18 @@ def evaluate(
         ignore=ignore or (),
     )
     from fsa.evaluation import processes
-    from fsa.segment.segmentor import load_segmentor
 
-    feedback_changes = {
-        "beta": beta,
-        "confidence": confidence,
+    of_feedback = {
+        **asdict(changes),
         "logit_scale": feedback_logit_scale,
         "uniform_logit_scale": uniform_logit_scale,
     }
     try:
         group = processes.start()
-        segmentor = load_segmentor(
-            host_name,
-            model,
-            pretrained,
-            vfm,
-            feedback=feedback,
-            device=processes.own_device(device),
-            dtype=dtype,
-            backend=backend.value,
-            vfm_pretrained=vfm_pretrained,
-            cache_text=cache,
-        )
+        compute = replace(compute, device=processes.own_device(compute.device))
+        segmentor = options.load_segmentor(model, compute, of_feedback, feedback=feedback)
         if not quiet and group.rank == 0:
-            options.announce_dtype(dtype, segmentor)
-        segmentor = options.with_changes(segmentor, feedback_changes)
+            options.announce_dtype(compute.dtype, segmentor)
         on_gpu = segmentor.loaded.device.type == "cuda"
         run_options = {
             "window_batch": _default_batch(on_gpu) if window_batch is None else window_batch,
@@ -244,15 +238,15 @@ def evaluate(
             "on_error": on_error.value,
             "restart": restart,
             "quiet": quiet,
-            "vfm_pretrained": vfm_pretrained,
+            "vfm_pretrained": model.vfm_pretrained,
         }
         first = group.rank == 0
         if sweep:
             swept = [name.strip() for name in sweep.split(",")]
-            folder = out or _folder(opened, host_name, model, vfm, "-".join(["sweep", *swept]))
+            folder = out or _folder(opened, model, "-".join(["sweep", *swept]))
             _sweep(swept, segmentor, opened, settings, folder, run_options, group)
         else:
-            folder = out or _folder(opened, host_name, model, vfm, "fsa" if feedback else "host")
+            folder = out or _folder(opened, model, "fsa" if feedback else "host")
             _once(segmentor, opened, settings, folder, run_options, first)
     finally:
         processes.stop()
@@ -262,11 +256,11 @@ def _default_batch(on_gpu: bool) -> int:
     return _WINDOW_BATCH_GPU if on_gpu else _WINDOW_BATCH_CPU
 
 
-def _folder(dataset: Dataset, host: str, model: str, vfm: str | None, kind: str) -> Path:
+def _folder(dataset: Dataset, model: options.ModelOptions, kind: str) -> Path:
     from fsa.files import safe_stem
 
-    words = [dataset.root.name if dataset.name == "folder" else dataset.name, host, model]
-    words += [vfm] if vfm else []
+    words = [dataset.root.name if dataset.name == "folder" else dataset.name]
+    words += [model.host.value, model.model, *([model.vfm] if model.vfm else [])]
     return Path("fsa-eval") / safe_stem("-".join([*words, kind]))
 
 

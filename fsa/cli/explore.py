@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fsa.cli import options
+from fsa.cli.groups import with_groups
 from fsa.cli.terminal import shown
 
 
+@with_groups
 def explore(
+    *,
     picture: Annotated[Path, typer.Argument(help="A picture.", show_default=False)],
-    classes: options.Classes = "",
-    classes_file: options.ClassesFile = None,
+    classes: options.ClassOptions,
     patch: Annotated[
         str | None,
         typer.Option(
             help="ROW,COL of a patch: the page shows the window around it; default the middle one."
         ),
     ] = None,
-    host: options.Host = options.DEFAULT_HOST,
-    model: options.Model = "tiny",
-    pretrained: options.Pretrained = None,
-    vfm: options.Vfm = None,
-    vfm_pretrained: options.VfmPretrained = None,
-    beta: options.Beta = None,
-    confidence: options.Confidence = None,
-    window: options.Window = None,
-    stride: options.Stride = None,
-    short_side: options.ShortSide = None,
-    device: options.Device = None,
-    cache: options.Cache = True,
+    model: options.ModelOptions,
+    changes: options.FeedbackOptions,
+    sizes: options.SizeOptions,
+    compute: options.DeviceOptions,
     out: Annotated[Path, typer.Option(help="The page that is written.")] = Path("fsa-explore.html"),
 ) -> None:
     """Write one HTML page to look into FSA's feedback, patch by patch.
@@ -43,22 +38,9 @@ def explore(
     """
     from fsa.showcase.comparison import parse_patch
 
-    class_list = options.classes_given(classes, classes_file)
+    class_list = classes.read()
     place = parse_patch(patch) if patch is not None else None
-
-    from fsa.segment.segmentor import load_segmentor
-
-    segmentor = load_segmentor(
-        host.value,
-        model,
-        pretrained,
-        vfm,
-        device=device,
-        vfm_pretrained=vfm_pretrained,
-        cache_text=cache,
-    )
-    segmentor = options.with_changes(segmentor, {"beta": beta, "confidence": confidence})
-    sizes = {"window": window, "stride": stride, "short_side": short_side}
-    segmentor.explore(picture, class_list, out, patch=place, **sizes)
+    segmentor = options.load_segmentor(model, compute, asdict(changes))
+    segmentor.explore(picture, class_list, out, patch=place, **asdict(sizes))
     megabytes = out.stat().st_size / 1e6
     typer.echo(shown(f"wrote {out} ({megabytes:.1f} MB): open it in a browser"))

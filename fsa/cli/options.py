@@ -5,9 +5,10 @@ Nothing heavy is imported, so that help answers at once.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -127,6 +128,122 @@ Cache = Annotated[
 ]
 
 
+CacheDir = Annotated[str | None, typer.Option(help="Where downloaded weights are kept.")]
+
+
+@dataclass(frozen=True)
+class ClassOptions:
+    """What is looked for."""
+
+    classes: Classes = ""
+    classes_file: ClassesFile = None
+
+    def read(self) -> list[list[str]]:
+        """The names and synonyms of each class.
+
+        Raises:
+            InputError: neither or both of the options; names that are not accepted.
+        """
+        if bool(self.classes.strip()) == (self.classes_file is not None):
+            raise InputError(
+                'pass the classes as --classes "cat; dog, puppy", or as --classes-file'
+            )
+        from fsa.classes import parse_class_text, read_class_file
+
+        if self.classes_file is not None:
+            return read_class_file(self.classes_file)
+        return parse_class_text(self.classes)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The host and the models behind it."""
+
+    host: Host = DEFAULT_HOST
+    model: Model = "tiny"
+    pretrained: Pretrained = None
+    vfm: Vfm = None
+    vfm_pretrained: VfmPretrained = None
+
+
+@dataclass(frozen=True)
+class FeedbackOptions:
+    """What of feedback is changed."""
+
+    beta: Beta = None
+    confidence: Confidence = None
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    """How pictures are resized and cut."""
+
+    window: Window = None
+    stride: Stride = None
+    short_side: ShortSide = None
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Where it is computed."""
+
+    device: Device = None
+    cache: Cache = True
+
+
+@dataclass(frozen=True)
+class ComputeOptions(DeviceOptions):
+    """Where and how it is computed."""
+
+    dtype: Dtype = None
+    backend: Backend = BackendName.auto
+
+
+def load_segmentor(
+    model: ModelOptions,
+    compute: DeviceOptions,
+    changes: dict[str, float | None] | None = None,
+    *,
+    feedback: bool = True,
+    **others: Any,
+) -> Segmentor:
+    """The segmentor that the options ask for.
+
+    Args:
+        model, compute: as they were given.
+        changes: fields of the feedback; those that are None stay as published.
+        feedback: False for the baseline.
+        others: of `fsa.load_segmentor`, in place of what the options say.
+
+    Raises:
+        InputError, ModelUnavailableError: as `fsa.load_segmentor`; a change that is not accepted,
+            or where there is no feedback.
+    """
+    from fsa.cli.startup import import_model_libraries
+
+    import_model_libraries(model.model)
+    from fsa.segment.segmentor import load_segmentor
+
+    arguments: dict[str, Any] = {
+        "vfm": model.vfm,
+        "vfm_pretrained": model.vfm_pretrained,
+        "feedback": feedback,
+        "device": compute.device,
+        "cache_text": compute.cache,
+    }
+    if isinstance(compute, ComputeOptions):
+        arguments |= {"dtype": compute.dtype, "backend": compute.backend.value}
+    segmentor = load_segmentor(
+        model.host.value, model.model, model.pretrained, **{**arguments, **others}
+    )
+    given = {name: value for name, value in (changes or {}).items() if value is not None}
+    if not given:
+        return segmentor
+    if segmentor.config is None:
+        raise InputError(f"--no-feedback turns feedback off, and with it {', '.join(given)}")
+    return segmentor.with_feedback(segmentor.config.replace(**given))
+
+
 def announce_dtype(dtype: str | None, segmentor: Segmentor) -> None:
     """Says on the error output what --dtype auto has taken, and why."""
     from fsa.models.loading import AUTO, fastest_dtype
@@ -135,25 +252,3 @@ def announce_dtype(dtype: str | None, segmentor: Segmentor) -> None:
         fastest, reason = fastest_dtype(segmentor.loaded.device)
         name = str(fastest).removeprefix("torch.")
         typer.echo(f"--dtype auto takes {name}: {reason}", err=True)
-
-
-def with_changes(segmentor: Segmentor, changes: dict[str, float | None]) -> Segmentor:
-    """A segmentor with some fields of its feedback changed, those that are not None.
-
-    Raises:
-        InputError: a value that is not accepted; a change where there is no feedback.
-    """
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if not changes:
-        return segmentor
-    if segmentor.config is None:
-        raise InputError(f"--no-feedback turns feedback off, and with it {', '.join(changes)}")
-    return segmentor.with_feedback(segmentor.config.replace(**changes))
-
-
-def classes_given(text: str, file: Path | None) -> list[list[str]]:
-    if bool(text.strip()) == (file is not None):
-        raise InputError('pass the classes as --classes "cat; dog, puppy", or as --classes-file')
-    from fsa.classes import parse_class_text, read_class_file
-
-    return parse_class_text(text) if file is None else read_class_file(file)

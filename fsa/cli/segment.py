@@ -5,42 +5,42 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fsa.cli import options
+from fsa.cli.groups import with_groups
 from fsa.cli.terminal import shown
 from fsa.errors import FSAError
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from fsa.segment.result import Segmentation
     from fsa.segment.segmentor import Segmentor
 
 _CLASSES_SHOWN = 4
+_WRITERS = 2
+# Results that wait to be written; with more, or with more pixels, the next picture waits for them.
+_WAITING, _WAITING_PIXELS = 4, 32_000_000
+# From this many windows on an estimate of the time comes first, and progress counts windows.
+_WINDOWS_ESTIMATED = 5000
 
 
+@with_groups
 def segment(
+    *,
     pictures: Annotated[
         list[str], typer.Argument(help="Pictures, or directories of them.", show_default=False)
     ],
-    classes: options.Classes = "",
-    classes_file: options.ClassesFile = None,
-    host: options.Host = options.DEFAULT_HOST,
-    model: options.Model = "tiny",
-    pretrained: options.Pretrained = None,
-    vfm: options.Vfm = None,
-    vfm_pretrained: options.VfmPretrained = None,
+    classes: options.ClassOptions,
+    model: options.ModelOptions,
     feedback: options.Feedback = True,
-    beta: options.Beta = None,
-    confidence: options.Confidence = None,
-    window: options.Window = None,
-    stride: options.Stride = None,
-    short_side: options.ShortSide = None,
+    changes: options.FeedbackOptions,
+    sizes: options.SizeOptions,
     prob_thd: Annotated[
         float,
         typer.Option(help="Pixels whose best class is less probable than this become background."),
@@ -50,14 +50,17 @@ def segment(
         typer.Option(help="The class that such pixels become; added if you did not name it."),
     ] = None,
     window_batch: Annotated[int, typer.Option(help="How many windows are computed at once.")] = 8,
-    device: options.Device = None,
-    dtype: options.Dtype = None,
-    backend: options.Backend = options.BackendName.auto,
-    cache: options.Cache = True,
-    cache_dir: Annotated[
-        str | None, typer.Option(help="Where downloaded weights are kept.")
-    ] = None,
+    compute: options.ComputeOptions,
+    cache_dir: options.CacheDir = None,
     out: Annotated[Path, typer.Option(help="Directory of the results.")] = Path("fsa-out"),
+    rle: Annotated[
+        bool,
+        typer.Option("--rle", help="Put the mask of each class into the JSON as COCO's RLE."),
+    ] = False,
+    polygons: Annotated[
+        bool,
+        typer.Option("--polygons", help="Put the outlines of each class into the JSON."),
+    ] = False,
     recursive: Annotated[
         bool, typer.Option("--recursive", help="Look into the folders of directories as well.")
     ] = False,
@@ -80,32 +83,22 @@ def segment(
     from fsa.files import make_directory
     from fsa.pictures.reading import list_pictures
 
-    class_list = options.classes_given(classes, classes_file)
+    class_list = classes.read()
     files = list_pictures(pictures, recursive=recursive)
     make_directory(out)
+    shapes = tuple(name for name, asked in (("rle", rle), ("polygons", polygons)) if asked)
+    if shapes:
+        from fsa.segment.shapes import check_installed
 
-    from fsa.segment.segmentor import load_segmentor
+        check_installed(shapes)
 
-    segmentor = load_segmentor(
-        host.value,
-        model,
-        pretrained,
-        vfm,
-        feedback=feedback,
-        device=device,
-        dtype=dtype,
-        backend=backend.value,
-        cache_dir=cache_dir,
-        vfm_pretrained=vfm_pretrained,
-        cache_text=cache,
+    segmentor = options.load_segmentor(
+        model, compute, asdict(changes), feedback=feedback, cache_dir=cache_dir
     )
     if not quiet:
-        options.announce_dtype(dtype, segmentor)
-    segmentor = options.with_changes(segmentor, {"beta": beta, "confidence": confidence})
+        options.announce_dtype(compute.dtype, segmentor)
     settings: dict[str, Any] = {
-        "window": window,
-        "stride": stride,
-        "short_side": short_side,
+        **asdict(sizes),
         "prob_thd": prob_thd,
         "background": background,
         "window_batch": window_batch,
@@ -117,7 +110,7 @@ def segment(
         files = _without_results(segmentor, files, class_list, out, settings)
         if not quiet and len(files) < found:
             typer.echo(f"{found - len(files)} of {found} pictures have their results already")
-    failures = _segment_all(segmentor, files, class_list, out, quiet, settings)
+    failures = _segment_all(segmentor, files, class_list, out, quiet, settings, shapes)
     if failures:
         typer.echo(f"{len(failures)} of {len(files)} pictures failed:", err=True)
         for message in failures:
@@ -132,35 +125,96 @@ def _segment_all(
     out: Path,
     quiet: bool,
     settings: dict[str, Any],
+    shapes: tuple[str, ...],
 ) -> list[str]:
-    """Segments and saves each picture; returns what went wrong, a line each."""
+    """Segments and saves each picture; returns what went wrong, a line each.
+
+    Results are written in the background, while the next pictures are computed.
+    """
     from tqdm import tqdm
 
     from fsa.files import free_stem, safe_stem
 
+    if not files:
+        return []
+    windows = _windows(segmentor, files, settings)
+    many = sum(windows) >= _WINDOWS_ESTIMATED
+    if many and not quiet:
+        from fsa.segment.estimate import seconds_per_window
+
+        seconds = sum(windows) * seconds_per_window(segmentor, classes, **settings)
+        typer.echo(f"{sum(windows)} windows, about {_duration(seconds)}", err=True)
     failures: list[str] = []
     taken: set[str] = set()
-    with tqdm(total=len(files), unit="picture", disable=quiet or None, file=sys.stderr) as bar:
-        for file in files:
-            # Pictures of the same name do not overwrite each other, of this run or an earlier one.
-            stem = free_stem(out, safe_stem(file.stem), os.path.abspath(file), taken)
-            taken.add(stem.casefold())
+    writing: deque[tuple[Path, Segmentation, Future[dict[str, Path]]]] = deque()
+    with (
+        tqdm(
+            total=sum(windows) if many else len(files),
+            unit="window" if many else "picture",
+            disable=quiet or None,
+            file=sys.stderr,
+        ) as bar,
+        ThreadPoolExecutor(_WRITERS, thread_name_prefix="fsa-write") as pool,
+    ):
+
+        def written() -> None:
+            """Waits for the oldest result that is being written."""
+            file, result, future = writing.popleft()
             try:
-                result = segmentor.segment(
-                    file,
-                    classes,
-                    progress=_progress(bar, file, "window"),
-                    text_progress=_progress(bar, file, "texts"),
-                    **settings,
-                )
-                written = result.save(out, stem)
+                paths = future.result()
             except FSAError as error:
                 failures.append(str(error))
             else:
                 if not quiet:
-                    bar.write(_summary(file, result, written["overlay"]), file=sys.stdout)
-            bar.update()
+                    bar.write(_summary(file, result, paths["overlay"]), file=sys.stdout)
+
+        def of_texts(done: int, total: int) -> None:
+            bar.set_postfix_str(f"texts {done}/{total}")
+
+        def of_windows(number: int, done: int, total: int) -> None:
+            bar.set_postfix_str(f"{shown(files[number].name)}: window {done}/{total}")
+            if many:
+                bar.update()
+
+        results = segmentor.segment_many(
+            files, classes, progress=of_windows, text_progress=of_texts, **settings
+        )
+        for file, result in zip(files, results, strict=True):
+            # Pictures of the same name do not overwrite each other, of this run or an earlier one.
+            stem = free_stem(out, safe_stem(file.stem), os.path.abspath(file), taken)
+            taken.add(stem.casefold())
+            if isinstance(result, FSAError):
+                failures.append(str(result))
+            else:
+                future = pool.submit(result.save, out, stem, shapes=shapes)
+                writing.append((file, result, future))
+            while writing and (len(writing) > _WAITING or _pixels(writing) > _WAITING_PIXELS):
+                written()
+            if not many:
+                bar.update()
+        while writing:
+            written()
     return failures
+
+
+def _pixels(writing: deque[tuple[Path, Segmentation, Future[dict[str, Path]]]]) -> int:
+    return sum(result.labels.size for _, result, _ in writing)
+
+
+def _windows(segmentor: Segmentor, files: list[Path], settings: dict[str, Any]) -> list[int]:
+    """How many windows each picture will have, as its header says; 0 where it cannot be read."""
+    from fsa.pictures.reading import size_in_header
+    from fsa.segment.estimate import window_count
+
+    sizes = {name: settings[name] for name in ("window", "stride", "short_side")}
+    found = (size_in_header(file) for file in files)
+    return [0 if size is None else window_count(segmentor, size, **sizes) for size in found]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _without_results(
@@ -183,11 +237,6 @@ def _without_results(
         if record is not None and whole and asked.items() <= record["settings"].items():
             done.add(record["picture"].get("path"))
     return [file for file in files if os.path.abspath(file) not in done]
-
-
-def _progress(bar: tqdm, file: Path, what: str) -> Callable[[int, int], None]:
-    name = shown(file.name)
-    return lambda done, total: bar.set_postfix_str(f"{name}: {what} {done}/{total}")
 
 
 def _summary(file: Path, result: Segmentation, overlay: Path) -> str:

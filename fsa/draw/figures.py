@@ -79,6 +79,17 @@ def paint(
     return painted
 
 
+def class_counts(labels: np.ndarray, count: int) -> np.ndarray:
+    """How many pixels (H,W) have each of the labels 0 to count - 1, (count,) int64."""
+    counts = np.zeros(count, np.int64)
+    rows = max(1, _STRIP_PIXELS // max(1, labels.shape[1]))
+    # In strips: NumPy counts a copy in 64 bits.
+    for top in range(0, len(labels), rows):
+        strip = labels[top : top + rows]
+        counts += np.bincount(strip[strip >= 0], minlength=count)[:count]
+    return counts
+
+
 def overlay(
     rgb: np.ndarray,
     labels: np.ndarray,
@@ -97,8 +108,7 @@ def overlay(
     Raises:
         InputError: as `paint`.
     """
-    areas = np.bincount(labels[labels >= 0].ravel(), minlength=len(names))[: len(names)]
-    colours = colours_of_classes(areas)
+    colours = colours_of_classes(class_counts(labels, len(names)))
     painted = Image.fromarray(paint(rgb, labels, len(names), alpha, colours=colours))
     return beside_legend(painted, labels, names) if legend else painted
 
@@ -109,7 +119,7 @@ def beside_legend(picture: Image.Image, labels: np.ndarray, names: Sequence[str]
     The largest comes first. A name that no font at hand can write stands as "class 3", its number
     in the labels, followed by what can be written of it.
     """
-    counts = np.bincount(labels[labels >= 0].ravel(), minlength=len(names))[: len(names)]
+    counts = class_counts(labels, len(names))
     size = max(_SMALLEST_TEXT, round(min(picture.size) / _LINES_OF_TEXT))
     row, gap = round(size * 1.5), max(_GAP, size // 4)
     colours = colours_of_classes(counts).tolist()

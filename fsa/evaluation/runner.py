@@ -16,7 +16,6 @@ import fsa
 from fsa.config import logit_scale_factor
 from fsa.errors import InputError, NotFiniteError, named_out_of_memory
 from fsa.evaluation import fingerprint, locking, processes, state
-from fsa.evaluation.batching import merged_cosines, whole_cosines
 from fsa.evaluation.datasets import Dataset
 from fsa.evaluation.loading import Loaded, Normalisation, loader
 from fsa.evaluation.metrics import ConfusionMatrix
@@ -25,6 +24,7 @@ from fsa.evaluation.refinement import pixel_adaptive_refinement, text_aware_prop
 from fsa.evaluation.result import Result
 from fsa.files import make_directory
 from fsa.models.text import TextQueries
+from fsa.segment.batching import merged_cosines, whole_cosines
 from fsa.segment.labels import label_map
 from fsa.segment.segmentor import Segmentor
 

@@ -89,8 +89,8 @@ def build(host: str | AttentionFunction, visual: nn.Module, **host_options: Any)
         visual: the `visual` part of an open_clip model, a plain `VisionTransformer`; or a `Tower`,
             such as `fsa.models.transformers.CLIPTower(model)`.
         **host_options: `backend` for all; `residual` for all but ProxyCLIP; `shift` and `gain`
-            for ProxyCLIP; `std` for NACLIP; `class_weight` for SegEarth; `steps` and `key_weight`
-            for PEARL.
+            for ProxyCLIP; `match_mass` for SCLIP; `std` for NACLIP; `class_weight` for SegEarth;
+            `steps` and `key_weight` for PEARL.
 
     Raises:
         InputError: an unknown name or option, or another kind of tower.

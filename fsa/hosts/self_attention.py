@@ -5,11 +5,12 @@ from __future__ import annotations
 from functools import reduce
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fsa import ops
 from fsa.config import FSAConfig
+from fsa.errors import InputError
 from fsa.hosts.base import Host
 from fsa.hosts.block import LastAttention, LastBlock
 
@@ -22,6 +23,7 @@ def attention_of_pairs(
     *,
     prefix_tokens: int = 1,
     bias: Tensor | None = None,
+    match_mass: bool = False,
 ) -> LastAttention:
     """Sum of softmax(a b^T / sqrt(d) + bias) over pairs (a, b) of queries, keys and values.
 
@@ -32,8 +34,12 @@ def attention_of_pairs(
         config: of the feedback that will follow, or None.
         prefix_tokens: how many tokens before the patches; they are keys, and stay what they are.
         bias: (N,L), added to the scores of patches, or None.
+        match_mass: lets A_f V count as many times as there are pairs, which is what the rows of
+            the attention sum to.
     """
-    value = projected["v"]
+    # The mean over the pairs, of values so many times as large: A V is the same, A_f V is not.
+    mass = len(pairs) if match_mass and config is not None else 1
+    value = projected["v"] * mass if mass > 1 else projected["v"]
     prefix, patches = value[:, :, :prefix_tokens], value[:, :, prefix_tokens:]
 
     def attend(values: Tensor) -> Tensor:
@@ -46,7 +52,8 @@ def attention_of_pairs(
             )
             for pair in pairs
         )
-        return reduce(torch.add, attended)
+        total = reduce(torch.add, attended)
+        return total / mass if mass > 1 else total
 
     attended = attend(value)
     if config is None:
@@ -56,6 +63,9 @@ def attention_of_pairs(
         return attend(torch.cat([prefix * scale, values], dim=2))
 
     step = ops.AttentionStep(attend_with_prefix, value, attended, config, backend)
+    if mass > 1:
+        # Uniform attention stays as published, with rows that sum to 1.
+        step.gathered[:, :, -1:] /= mass
     return LastAttention.of_step(patches, step)
 
 
@@ -72,6 +82,7 @@ class SelfAttentionHost(Host):
     """
 
     pairs: tuple[str, ...]
+    match_mass = False
 
     def attention(self, block: LastBlock, config: FSAConfig | None) -> LastAttention:
         needed = {*"".join(self.pairs), "v"}
@@ -83,6 +94,7 @@ class SelfAttentionHost(Host):
             config,
             prefix_tokens=block.prefix_tokens,
             bias=self.bias(block),
+            match_mass=self.match_mass,
         )
 
     def bias(self, block: LastBlock) -> Tensor | None:
@@ -98,10 +110,29 @@ class CLIP(SelfAttentionHost):
 
 
 class SCLIP(SelfAttentionHost):
-    """SCLIP (Wang et al., ECCV 2024): q q^T and k k^T attention added, so rows sum to 2."""
+    """SCLIP (Wang et al., ECCV 2024): q q^T and k k^T attention added, so rows of A sum to 2.
+
+    Args:
+        match_mass: True lets feedback take the mean of A_f A V, A A_f V and 2 A_f V, whose rows all
+            sum to 2. As published the last term is A_f V, whose rows sum to 1, and the adapted
+            attention is five sixths of the host's. The host without feedback is the same.
+    """
 
     pairs = ("qq", "kk")
     published_residual = True
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        *,
+        match_mass: bool = False,
+        residual: bool | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(visual, residual=residual, backend=backend)
+        if not isinstance(match_mass, bool):
+            raise InputError(f"match_mass must be True or False, not {match_mass!r}")
+        self.match_mass = match_mass
 
 
 class ClearCLIP(SelfAttentionHost):

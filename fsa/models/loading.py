@@ -30,6 +30,7 @@ from fsa.models.checkpoints import (
     unreadable,
 )
 from fsa.models.hub import hub_if_reachable, unavailable
+from fsa.models.initialisation import without_random_weights
 from fsa.models.timm_tower import tower_of
 from fsa.ops.processor import bfloat16_units
 
@@ -264,14 +265,9 @@ def _check_tower(name: str) -> None:
         settings["vision_cfg"],
         settings.get("quick_gelu", False),
     )
-    with _quiet():
-        try:
-            # Without memory for it.
-            with torch.device("meta"):
-                visual = build()
-        # timm before 1.0.21 looks into the weights that it makes. NotImplementedError is one, too.
-        except RuntimeError:
-            visual = build()
+    # What is not initialised takes no memory before something is written to it.
+    with _quiet(), without_random_weights():
+        visual = build()
     try:
         tower_of(visual)
     except InputError as error:
@@ -343,7 +339,9 @@ def _create(name: str, quick_gelu: bool) -> nn.Module:
             "pip install 'fsa-kernels[transformers]'"
         )
     try:
-        with _quiet(), hub_if_reachable() if from_hub else nullcontext():
+        hub = hub_if_reachable() if from_hub else nullcontext()
+        # The weights come next, all of them or an error.
+        with _quiet(), hub, without_random_weights():
             return open_clip.create_model(name, force_quick_gelu=quick_gelu, pretrained_text=False)
     # The hub's client and its HTTP library raise many kinds of errors here.
     except Exception:

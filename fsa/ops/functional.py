@@ -28,6 +28,7 @@ from fsa.ops.checks import (
 )
 from fsa.ops.dispatch import choose
 from fsa.ops.steps import AttentionStep, ProxyAttention
+from fsa_kernels import Adaptations
 
 # What A_f may take while it is made, at 4 bytes an entry, before `feedback_step` streams: N = 11585
 # for one image, N = 1831 for 40.
@@ -197,7 +198,7 @@ def _feedback(
     check_result_type(dtype, chosen)
     uniform = uniform if config.isolation else None
     return library.feedback_attention(
-        logits, uniform, texts, *library.op_options(config), dtype, chosen
+        logits, uniform, texts, library.op_options(config), dtype, chosen
     )
 
 
@@ -210,7 +211,7 @@ def _streamed(
     check_result_type(dtype, chosen)
     uniform = uniform if config.isolation else None
     options = library.op_options(config)
-    return lambda columns: library.apply_feedback(logits, uniform, texts, columns, *options, chosen)
+    return lambda columns: library.apply_feedback(logits, uniform, texts, columns, options, chosen)
 
 
 def _adapt(
@@ -222,7 +223,7 @@ def _adapt(
 ) -> Tensor:
     """`adapt` of checked inputs."""
     if attention is not None and not callable(attention):
-        return library.adapt(value, feedback, attention, attended, ",".join(config.adaptations))
+        return library.adapt(value, feedback, attention, attended, library.op_adaptations(config))
     apply_feedback = partial(torch_backend.rows_times, feedback)
     inputs: dict[str, Tensor | None] = {"feedback": feedback}
     return _adapt_by(apply_feedback, value, attention, attended, config, inputs)
@@ -241,18 +242,22 @@ def _adapt_by(
     `inputs` are looked at for what is not finite, besides the values.
     """
     if attention is None:
-        adapted = torch_backend.adapt(value, apply_feedback, _identity, None, ("only",))
+        adapted = torch_backend.adapt(value, apply_feedback, _identity, None, _ONE_TERM)
     else:
         adapted = torch_backend.adapt(
             value,
             apply_feedback,
             lambda x: attention(x.to(value.dtype)),
             attended,
-            config.adaptations,
+            library.op_adaptations(config),
         )
     if not torch.compiler.is_compiling():
         check_finite_product(adapted, inputs | {"value": value, "attended": attended})
     return adapted
+
+
+# Under the identity the three terms are one.
+_ONE_TERM = Adaptations(after=False, before=False, only=True)
 
 
 def _identity(values: Tensor) -> Tensor:

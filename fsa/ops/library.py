@@ -1,16 +1,17 @@
 """Registration of the ops with `torch.library`, so that compilers and exporters know them.
 
-Each op is defined once, by `_define`, from its schema, its implementation and the shapes of its
-results. What `_define` returns calls the implementation directly where nothing observes the call,
-and goes through `torch.ops.fsa` where something does: a compiler, an exporter, a dispatch mode.
+Each op is defined once, by its function under `_op`, whose annotations are the schema, and by the
+shapes of its results. A call goes to the function directly where nothing observes it, and through
+`torch.ops.fsa` where something does: a compiler, an exporter, a dispatch mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ import fsa_kernels
 from fsa.config import FSAConfig
 from fsa.ops import torch_backend
 from fsa.ops.checks import autocast_off, check_finite, check_finite_product, out_of_memory
-from fsa_kernels import launch
+from fsa_kernels import Adaptations, Options, launch
 
 # torch.export takes a configuration among a host's inputs as a constant: it has no leaves. There is
 # no public way yet to register a constant that can be saved with the program.
@@ -38,47 +39,88 @@ _pytree.register_pytree_node(
 # torch.export loads a saved program's configuration again.
 torch.serialization.add_safe_globals([FSAConfig])
 
-_PREDICTIONS = "Tensor patch_logits, Tensor? uniform_logits, Tensor? text_features"
-_OPTIONS = (
-    "float beta, float confidence, float logit_scale, float uniform_logit_scale, "
-    "str similarity, str? pruning, float ratio, float threshold, bool scaling, str precision"
-)
-_OPTION_NAMES = tuple(option.split()[1] for option in _OPTIONS.split(", "))
-_TERMS = "bool after, bool before, bool only, float scale"
+# What a parameter of an op is in its schema. A tuple of plain values, such as `Options`, crosses as
+# its fields.
+_PLAIN: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    str | None: "str?",
+    torch.dtype: "ScalarType",
+    tuple[Tensor, Tensor]: "(Tensor, Tensor)",
+}
 
 
-def op_options(config: FSAConfig) -> tuple[Any, ...]:
-    """The fields of a configuration that the ops take, in the order of `_OPTIONS`."""
+def op_options(config: FSAConfig) -> Options:
+    """The fields of a configuration that the ops take."""
     # All of the distribution is kept for p = 1: a cumulative sum must not round past it.
     if config.confidence == 1 and config.pruning == "confidence":
         config = config.replace(pruning=None)
-    return tuple([getattr(config, name) for name in _OPTION_NAMES])
+    return Options(*[getattr(config, name) for name in Options._fields])
 
 
-def _define(
-    name: str, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
-) -> Callable[..., Any]:
-    """Registers `fsa::name` and returns what calls it.
+def op_adaptations(config: FSAConfig) -> Adaptations:
+    """The terms of a configuration that are averaged."""
+    return Adaptations(*[name in config.adaptations for name in Adaptations._fields])
+
+
+def _op(fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Registers a function as `fsa::` and its name, and returns what calls it.
+
+    The function computes the results; it does not return or change its arguments. The op's schema
+    follows from its annotations. What is returned calls it directly where nothing observes the
+    call, and the registered op where something does.
 
     Args:
-        name: of the op.
-        schema: its arguments and results.
-        implementation: computes the results; it does not return or change its arguments.
-        fake: empty results of the right shapes, types and strides.
+        fake: from the same arguments, empty results of the right shapes, types and strides.
     """
-    registered = torch.library.custom_op(
-        f"fsa::{name}", implementation, mutates_args=(), schema=schema
-    )
-    registered.register_fake(fake)
-    dispatched = getattr(torch.ops.fsa, name)
 
-    def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_observed(arguments):
-            return dispatched(*arguments)
-        # The dispatcher takes four to six times as long as what stands around it.
-        return implementation(*arguments)
+    def register(implementation: Callable[..., Any]) -> Callable[..., Any]:
+        kinds = get_type_hints(implementation)
+        result = kinds.pop("return")
+        plain: dict[str, Any] = {}
+        for parameter, kind in kinds.items():
+            plain |= {parameter: kind} if kind in _PLAIN else get_type_hints(kind)
 
-    return call
+        def packed(values: Sequence[Any]) -> list[Any]:
+            rest = iter(values)
+            return [
+                next(rest) if kind in _PLAIN else kind(*islice(rest, len(kind._fields)))
+                for kind in kinds.values()
+            ]
+
+        name = implementation.__name__
+        parameters = (f"{_PLAIN[kind]} {parameter}" for parameter, kind in plain.items())
+        registered = torch.library.custom_op(
+            f"fsa::{name}",
+            lambda *values: implementation(*packed(values)),
+            mutates_args=(),
+            schema=f"({', '.join(parameters)}) -> {_PLAIN[result]}",
+        )
+        registered.register_fake(lambda *values: fake(*packed(values)))
+        dispatched = getattr(torch.ops.fsa, name)
+
+        def call(*arguments: Any) -> Any:
+            if torch.compiler.is_compiling() or _is_observed(arguments):
+                return dispatched(*_unpacked(arguments))
+            # The dispatcher takes four to six times as long as what stands around it.
+            return implementation(*arguments)
+
+        return call
+
+    return register
+
+
+def _unpacked(arguments: tuple[Any, ...]) -> list[Any]:
+    values: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            values += argument
+        else:
+            values.append(argument)
+    return values
 
 
 def _is_observed(arguments: tuple[Any, ...]) -> bool:
@@ -99,44 +141,29 @@ def _module(backend: str) -> ModuleType:
     return fsa_kernels if backend == "triton" else torch_backend
 
 
-def _checked_options(
-    predictions: tuple[Tensor | None, ...], options: tuple[Any, ...], backend: str
-) -> dict[str, Any]:
-    """The options by name, for a backend; predictions are looked at where that costs nothing."""
-    names = ("patch_logits", "uniform_logits", "text_features")
-    for name, tensor in zip(names, predictions, strict=True):
-        if tensor is not None:
-            check_finite(name, tensor)
-    named = dict(zip(_OPTION_NAMES, options, strict=True))
-    if backend == "torch":
-        del named["precision"]
-    return named
-
-
 # --------------------------------------------------------------------------------------------------
 # Predictions -> A_f
 
 
-def _feedback_attention(
-    patch_logits: Tensor,
-    uniform_logits: Tensor | None,
-    text_features: Tensor | None,
-    *arguments: Any,
-) -> Tensor:
-    *options, dtype, backend = arguments
-    predictions = (patch_logits, uniform_logits, text_features)
-    named = _checked_options(predictions, tuple(options), backend)
-    with autocast_off(patch_logits), out_of_memory("feedback attention", patch_logits):
-        return _module(backend).feedback_attention(*predictions, dtype=dtype, **named)
+def _check_predictions(
+    patch_logits: Tensor, uniform_logits: Tensor | None, text_features: Tensor | None
+) -> None:
+    """Looks for what is not finite where that costs nothing."""
+    check_finite("patch_logits", patch_logits)
+    if uniform_logits is not None:
+        check_finite("uniform_logits", uniform_logits)
+    if text_features is not None:
+        check_finite("text_features", text_features)
 
 
 def _fake_feedback_attention(
     patch_logits: Tensor,
     uniform_logits: Tensor | None,
     text_features: Tensor | None,
-    *arguments: Any,
+    options: Options,
+    dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
-    *_, dtype, backend = arguments
     B, N, _ = patch_logits.shape
     if backend == "triton":
         strides = launch.result_strides(N, dtype)
@@ -144,108 +171,85 @@ def _fake_feedback_attention(
     return patch_logits.new_empty((B, N, N), dtype=dtype)
 
 
-feedback_attention = _define(
-    "feedback_attention",
-    f"({_PREDICTIONS}, {_OPTIONS}, ScalarType dtype, str backend) -> Tensor",
-    _feedback_attention,
-    _fake_feedback_attention,
+@_op(_fake_feedback_attention)
+def feedback_attention(
+    patch_logits: Tensor,
+    uniform_logits: Tensor | None,
+    text_features: Tensor | None,
+    options: Options,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """A_f (B,N,N)."""
+    predictions = (patch_logits, uniform_logits, text_features)
+    _check_predictions(*predictions)
+    with autocast_off(patch_logits), out_of_memory("feedback attention", patch_logits):
+        return _module(backend).feedback_attention(*predictions, options=options, dtype=dtype)
+
+
+@_op(
+    lambda patch_logits, uniform_logits, text_features, columns, *_: columns.new_empty(
+        columns.shape
+    )
 )
-
-
-def _apply_feedback(
+def apply_feedback(
     patch_logits: Tensor,
     uniform_logits: Tensor | None,
     text_features: Tensor | None,
     columns: Tensor,
-    *arguments: Any,
+    options: Options,
+    backend: str,
 ) -> Tensor:
-    *options, backend = arguments
+    """A_f times columns (B,N,K), in their type."""
     predictions = (patch_logits, uniform_logits, text_features)
-    named = _checked_options(predictions, tuple(options), backend)
+    _check_predictions(*predictions)
     with autocast_off(patch_logits), out_of_memory("applied feedback attention", patch_logits):
-        return _module(backend).apply_feedback(*predictions, columns, **named)
-
-
-apply_feedback = _define(
-    "apply_feedback",
-    f"({_PREDICTIONS}, Tensor columns, {_OPTIONS}, str backend) -> Tensor",
-    _apply_feedback,
-    lambda patch_logits, uniform_logits, text_features, columns, *_: columns.new_empty(
-        columns.shape
-    ),
-)
+        return _module(backend).apply_feedback(*predictions, columns, options=options)
 
 
 # --------------------------------------------------------------------------------------------------
 # Adapted values
 
 
-def _adapt(
-    value: Tensor, feedback: Tensor, attention: Tensor, attended: Tensor | None, adaptations: str
+@_op(lambda value, *_: value.new_empty(value.shape))
+def adapt(
+    value: Tensor,
+    feedback: Tensor,
+    attention: Tensor,
+    attended: Tensor | None,
+    adaptations: Adaptations,
 ) -> Tensor:
+    """The adapted values (B,H,N,d)."""
     apply_attention = torch_backend.attention_applier(attention)
     apply_feedback = partial(torch_backend.rows_times, feedback)
     with autocast_off(value), out_of_memory("adapted values", value):
         adapted = torch_backend.adapt(
-            value, apply_feedback, apply_attention, attended, tuple(adaptations.split(","))
+            value, apply_feedback, apply_attention, attended, adaptations
         ).contiguous()
     inputs = {"value": value, "feedback": feedback, "attention": attention, "attended": attended}
     check_finite_product(adapted, inputs)
     return adapted
 
 
-adapt = _define(
-    "adapt",
-    "(Tensor value, Tensor feedback, Tensor attention, Tensor? attended, str adaptations) "
-    "-> Tensor",
-    _adapt,
-    lambda value, *_: value.new_empty(value.shape),
-)
-
-
-def _gather(
-    value: Tensor,
-    attended: Tensor,
-    after: bool,
-    before: bool,
-    only: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    terms = {"after": after, "before": before, "only": only}
-    with autocast_off(value), out_of_memory("attended values", value):
-        return _module(backend).gather(value, attended, scale=scale, **terms)
-
-
 def _fake_gather(
-    value: Tensor, attended: Tensor, after: bool, before: bool, only: bool, *_: Any
+    value: Tensor, attended: Tensor, adaptations: Adaptations, backend: str
 ) -> tuple[Tensor, Tensor]:
     B, H, N, d = attended.shape
-    shapes = launch.gather_shapes(B, N, H * d, after=after, before=before, only=only)
-    gathered, columns = (value.new_empty(shape) for shape in shapes)
+    gathered, columns = map(value.new_empty, adaptations.gather_shapes(B, N, H * d))
     return gathered, columns
 
 
-gather = _define(
-    "gather",
-    f"(Tensor value, Tensor attended, {_TERMS}, str backend) -> (Tensor, Tensor)",
-    _gather,
-    _fake_gather,
-)
+@_op(_fake_gather)
+def gather(
+    value: Tensor, attended: Tensor, adaptations: Adaptations, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What a step takes of values (B,H,L,d) and attended values (B,H,N,d)."""
+    with autocast_off(value), out_of_memory("attended values", value):
+        return _module(backend).gather(value, attended, adaptations)
 
 
 # --------------------------------------------------------------------------------------------------
 # ProxyCLIP's attention
-
-
-def _proxy_prepare(
-    features: Tensor, shift: float, gain: float, stored: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    check_finite("features", features)
-    with autocast_off(features), out_of_memory("the affinity of features", features):
-        if backend == "triton":
-            return fsa_kernels.proxy_prepare(features, shift=shift, gain=gain, stored=stored)
-        return torch_backend.proxy_prepare(features, shift=shift)
 
 
 def _fake_proxy_prepare(
@@ -260,49 +264,27 @@ def _fake_proxy_prepare(
     return first, second
 
 
-proxy_prepare = _define(
-    "proxy_prepare",
-    "(Tensor features, float shift, float gain, bool stored, str backend) -> (Tensor, Tensor)",
-    _proxy_prepare,
-    _fake_proxy_prepare,
-)
+@_op(_fake_proxy_prepare)
+def proxy_prepare(
+    features: Tensor, shift: float, gain: float, stored: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What the applications of one attention share, from features (B,N,F)."""
+    check_finite("features", features)
+    with autocast_off(features), out_of_memory("the affinity of features", features):
+        if backend == "triton":
+            return fsa_kernels.proxy_prepare(features, shift=shift, gain=gain, stored=stored)
+        return torch_backend.proxy_prepare(features, shift=shift)
 
 
-def _proxy_apply(
+@_op(lambda first, second, value, *_: value.new_empty(value.shape))
+def proxy_apply(
     first: Tensor, second: Tensor, value: Tensor, add: Tensor | None, gain: float, backend: str
 ) -> Tensor:
+    """The attention applied to values (B,N,D), plus a tensor of their shape."""
     with autocast_off(value), out_of_memory("attended values", value):
         attended = _module(backend).proxy_apply((first, second), value, gain=gain, add=add)
     check_finite_product(attended, {"value": value})
     return attended
-
-
-proxy_apply = _define(
-    "proxy_apply",
-    "(Tensor first, Tensor second, Tensor value, Tensor? add, float gain, str backend) -> Tensor",
-    _proxy_apply,
-    lambda first, second, value, *_: value.new_empty(value.shape),
-)
-
-
-def _proxy_gather(
-    first: Tensor,
-    second: Tensor,
-    value: Tensor,
-    gain: float,
-    after: bool,
-    before: bool,
-    only: bool,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    terms = {"after": after, "before": before, "only": only}
-    with autocast_off(value), out_of_memory("attended values", value):
-        gathered, columns = _module(backend).proxy_gather(
-            (first, second), value, gain=gain, scale=scale, **terms
-        )
-    check_finite_product(gathered, {"value": value})
-    return gathered, columns
 
 
 def _fake_proxy_gather(
@@ -310,20 +292,26 @@ def _fake_proxy_gather(
     second: Tensor,
     value: Tensor,
     gain: float,
-    after: bool,
-    before: bool,
-    only: bool,
-    *_: Any,
+    adaptations: Adaptations,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    shapes = launch.gather_shapes(*value.shape, after=after, before=before, only=only)
-    gathered, columns = (value.new_empty(shape) for shape in shapes)
+    gathered, columns = map(value.new_empty, adaptations.gather_shapes(*value.shape))
     return gathered, columns
 
 
-proxy_gather = _define(
-    "proxy_gather",
-    f"(Tensor first, Tensor second, Tensor value, float gain, {_TERMS}, str backend) "
-    "-> (Tensor, Tensor)",
-    _proxy_gather,
-    _fake_proxy_gather,
-)
+@_op(_fake_proxy_gather)
+def proxy_gather(
+    first: Tensor,
+    second: Tensor,
+    value: Tensor,
+    gain: float,
+    adaptations: Adaptations,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """What a step takes of values (B,N,D) and of the attention applied to them."""
+    with autocast_off(value), out_of_memory("attended values", value):
+        gathered, columns = _module(backend).proxy_gather(
+            (first, second), value, adaptations, gain=gain
+        )
+    check_finite_product(gathered, {"value": value})
+    return gathered, columns

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from fsa.errors import InputError
 from fsa.ops import library
 from fsa.ops.checks import check_same, check_tensor
 from fsa.ops.dispatch import choose
+from fsa_kernels import Adaptations
 
 # What ProxyCLIP's attention may take, as a matrix, before blocks of its rows are made instead.
 _STORED_BYTES = 1 << 29
@@ -74,12 +74,12 @@ class ProxyAttention:
         multiplies with A_f.
 
         Returns:
-            A V, and after its last row the mean of V, (B,N+1,D); and columns (B,N,D) or (B,N,2D):
-            the sum of A V with the adaptation "after" and V with "only", and beside it V with
-            "before"; divided by the number of adaptations.
+            A V, and after its last row the mean of V, (B,N+1,D); and the scaled columns (B,N,D) or
+            (B,N,2D) of `Adaptations`.
         """
         self._check_value(value)
-        return library.proxy_gather(*self._state, value, self.gain, *_terms(config), self.backend)
+        adaptations = library.op_adaptations(config)
+        return library.proxy_gather(*self._state, value, self.gain, adaptations, self.backend)
 
     def _check_value(self, value: Tensor) -> None:
         features = self._features
@@ -119,9 +119,10 @@ class AttentionStep:
         backend: str = "auto",
     ) -> None:
         backend = choose(value.device, value.dtype, backend).backend
-        gathered, columns = library.gather(value, attended, *_terms(config), backend)
+        adaptations = library.op_adaptations(config)
+        gathered, columns = library.gather(value, attended, adaptations, backend)
         self._apply = apply
-        self._hold(gathered, columns, value.shape[1], config)
+        self._hold(gathered, columns, value.shape[1], adaptations)
 
     def __call__(self, value: Tensor) -> Tensor:
         """The attention applied to other values (B,H,N,d)."""
@@ -131,21 +132,23 @@ class AttentionStep:
         """The adapted values (B,H,N,d), given what multiplies columns (B,N,K) with A_f."""
         dtype = self._columns.dtype
         product = apply_feedback(self._columns)
-        if "before" not in self._adaptations:
+        if not self._adaptations.before:
             return heads_apart(product.to(dtype), self._heads)
         width = self.gathered.shape[1] * self.gathered.shape[-1]
-        others = product[..., :width] if len(self._adaptations) > 1 else None
+        others = product[..., :width] if self._adaptations.second else None
         return self._apply_and_add(product[..., -width:].to(dtype), others).to(dtype)
 
-    def _hold(self, gathered: Tensor, columns: Tensor, heads: int, config: FSAConfig) -> None:
+    def _hold(
+        self, gathered: Tensor, columns: Tensor, heads: int, adaptations: Adaptations
+    ) -> None:
         self.gathered = heads_apart(gathered, heads)
         self._columns = columns
         self._heads = heads
-        self._adaptations = config.adaptations
+        self._adaptations = adaptations
 
     def _apply_and_add(self, value: Tensor, others: Tensor | None) -> Tensor:
         # The terms come scaled, so that their sum is their mean.
-        total = self._apply(heads_apart(value, self._heads), 1 / len(self._adaptations))
+        total = self._apply(heads_apart(value, self._heads), self._adaptations.scale)
         return total if others is None else total + heads_apart(others, self._heads)
 
 
@@ -161,7 +164,8 @@ class ProxyStep(AttentionStep):
 
     def __init__(self, attention: ProxyAttention, value: Tensor, config: FSAConfig) -> None:
         self._attention = attention
-        self._hold(*attention.gather(heads_side_by_side(value), config), value.shape[1], config)
+        gathered, columns = attention.gather(heads_side_by_side(value), config)
+        self._hold(gathered, columns, value.shape[1], library.op_adaptations(config))
 
     def __call__(self, value: Tensor) -> Tensor:
         """The attention applied to other values (B,H,N,d)."""
@@ -169,12 +173,6 @@ class ProxyStep(AttentionStep):
 
     def _apply_and_add(self, value: Tensor, others: Tensor | None) -> Tensor:
         return heads_apart(self._attention(value, add=others), self._heads)
-
-
-def _terms(config: FSAConfig) -> tuple[Any, ...]:
-    """Which of "after", "before" and "only" are averaged, and the scale of each."""
-    wanted = (name in config.adaptations for name in ("after", "before", "only"))
-    return *wanted, 1 / len(config.adaptations)
 
 
 def heads_side_by_side(value: Tensor) -> Tensor:

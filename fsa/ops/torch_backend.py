@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import reduce
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from torch.nn import functional
 from fsa.config import PROBABILITY_FLOOR
 from fsa.ops.checks import autocast_off
 from fsa.ops.processor import bfloat16_units, float32_by_onednn
+from fsa_kernels import Adaptations, Options
 
 # Entries of one block of similarity rows. 2^17 floats stay in a CPU core's second-level cache
 # through the dozen passes over them; on a GPU a block only has to fill the chip.
@@ -52,12 +52,12 @@ def feedback_attention(
     uniform: Tensor | None,
     text_features: Tensor | None = None,
     *,
+    options: Options,
     dtype: torch.dtype,
-    **options: Any,
 ) -> Tensor:
     """A_f (B,N,N) in `dtype`; see `_Feedback` for the rest."""
     B, N, _ = patches.shape
-    feedback = _Feedback(patches, uniform, text_features, **options)
+    feedback = _Feedback(patches, uniform, text_features, options)
     out = torch.empty((B, N, N), dtype=dtype, device=patches.device)
     for images, rows in _blocks(B, N, out.device):
         out[images, rows] = feedback.rows(images, rows)
@@ -69,11 +69,12 @@ def apply_feedback(
     uniform: Tensor | None,
     text_features: Tensor | None,
     columns: Tensor,
-    **options: Any,
+    *,
+    options: Options,
 ) -> Tensor:
     """A_f times columns (B,N,K), in their type, by strips of rows; no N x N matrix is kept."""
     B, N, _ = patches.shape
-    feedback = _Feedback(patches, uniform, text_features, **options)
+    feedback = _Feedback(patches, uniform, text_features, options)
     out = torch.empty_like(columns)
     strip_rows = max(1, _STRIP_ENTRIES // N)
     for image in range(B):
@@ -97,7 +98,7 @@ class _Feedback:
         patches, uniform: logits, or with text features, features; as `fsa.feedback_attention`
             takes them.
         text_features: (C,E), or None.
-        beta and the rest: as in `FSAConfig`.
+        options: how A_f is made.
     """
 
     def __init__(
@@ -105,23 +106,13 @@ class _Feedback:
         patches: Tensor,
         uniform: Tensor | None,
         text_features: Tensor | None,
-        *,
-        beta: float,
-        confidence: float,
-        logit_scale: float = 1.0,
-        uniform_logit_scale: float = 1.0,
-        similarity: str,
-        pruning: str | None,
-        ratio: float,
-        threshold: float,
-        scaling: bool,
+        options: Options,
     ) -> None:
-        self.beta, self.scaling = beta, scaling
-        self.kept = (pruning, confidence, ratio, threshold)
+        self.options = options
         if text_features is not None:
-            patches = logit_scale * cosines(patches, text_features)
+            patches = options.logit_scale * cosines(patches, text_features)
             if uniform is not None:
-                uniform = uniform_logit_scale * cosines(uniform, text_features)
+                uniform = options.uniform_logit_scale * cosines(uniform, text_features)
         logits = _widen(patches)
         if uniform is not None:
             logits = logits - _widen(uniform)
@@ -132,7 +123,7 @@ class _Feedback:
         probabilities = probabilities.masked_fill(self.broken[..., None], 0)
         # Looking whether there are any spares the CPU three passes; on a GPU it would synchronise.
         self.some_broken = logits.device.type != "cpu" or bool(self.broken.any())
-        self.similarity_rows = _similarity_rows(probabilities, similarity)
+        self.similarity_rows = _similarity_rows(probabilities, options)
 
     def rows(self, images: slice, rows: slice) -> Tensor:
         """A block of rows of A_f, in float32 (float64 for float64 logits)."""
@@ -140,10 +131,10 @@ class _Feedback:
         broken = self.broken[images, None, :]
         if self.some_broken:
             S.masked_fill_(broken, -math.inf)
-        dropped = _dropped(S, *self.kept)
+        dropped = _dropped(S, self.options)
         if self.some_broken:
             dropped = dropped | broken
-        feedback = (S * self.beta).exp_().mul_(S) if self.scaling else S
+        feedback = (S * self.options.beta).exp_().mul_(S) if self.options.scaling else S
         feedback.masked_fill_(dropped, -math.inf)
         block = torch.softmax(feedback, dim=-1)
         if self.some_broken:
@@ -151,9 +142,9 @@ class _Feedback:
         return block
 
 
-def _similarity_rows(probabilities: Tensor, similarity: str) -> Callable[[slice, slice], Tensor]:
+def _similarity_rows(probabilities: Tensor, options: Options) -> Callable[[slice, slice], Tensor]:
     """How a block of rows of S is computed from P (B,N,C)."""
-    if similarity == "cosine":
+    if options.cosine:
         unit = functional.normalize(probabilities, dim=-1)
 
         def cosine(images: slice, rows: slice) -> Tensor:
@@ -183,21 +174,23 @@ def _similarity_rows(probabilities: Tensor, similarity: str) -> Callable[[slice,
     return kl
 
 
-def _dropped(
-    S: Tensor, pruning: str | None, confidence: float, ratio: float, threshold: float
-) -> Tensor:
+def _dropped(S: Tensor, options: Options) -> Tensor:
     """The complement of the kept patches of rows S (...,N), bool. -inf entries count nothing."""
     N = S.shape[-1]
-    if pruning == "confidence":
+    if options.pruning == "confidence":
         ordered = _sort_descending(S)
         # Cumulated in float64: near-ties are everywhere, and N float32 additions would decide them.
         mass = (ordered - 1).exp_().cumsum(dim=-1, dtype=torch.float64)
-        count = (mass <= confidence * mass[..., -1:]).sum(dim=-1, keepdim=True).clamp_(min=1)
-    elif pruning == "ratio":
+        count = (
+            (mass <= options.confidence * mass[..., -1:]).sum(dim=-1, keepdim=True).clamp_(min=1)
+        )
+    elif options.pruning == "ratio":
         ordered = _sort_descending(S)
-        count = torch.full_like(S[..., :1], max(1, math.floor(ratio * N)), dtype=torch.int64)
-    elif pruning == "threshold":
-        return (S < threshold) & ~_first_of(S == S.amax(dim=-1, keepdim=True))
+        count = torch.full_like(
+            S[..., :1], max(1, math.floor(options.ratio * N)), dtype=torch.int64
+        )
+    elif options.pruning == "threshold":
+        return (S < options.threshold) & ~_first_of(S == S.amax(dim=-1, keepdim=True))
     else:
         return torch.zeros_like(S, dtype=torch.bool)
     lowest = ordered.gather(-1, count - 1)
@@ -232,7 +225,7 @@ def adapt(
     feedback: Callable[[Tensor], Tensor],
     apply_attention: Callable[[Tensor], Tensor],
     attended: Tensor | None,
-    adaptations: tuple[str, ...],
+    adaptations: Adaptations,
 ) -> Tensor:
     """The adapted values (B,H,N,d); see `fsa.adapt`.
 
@@ -241,16 +234,16 @@ def adapt(
         feedback: (B,N,K) -> (B,N,K), applies A_f.
         apply_attention: (B,H,N,d) -> (B,H,N,d), applies A.
         attended: A V (B,H,N,d), or None to have it computed where it is needed.
-        adaptations: which terms are averaged.
+        adaptations: the terms that are averaged.
     """
     # A_f is linear, so the terms in which it comes last share one product of twice the width.
     # "before" needs A_f V by itself; without it the two right-hand sides can be added first.
     right_sides = []
-    if "after" in adaptations:
+    if adaptations.after:
         right_sides.append(apply_attention(value) if attended is None else attended)
-    if "before" in adaptations or "only" in adaptations:
+    if adaptations.before or adaptations.only:
         right_sides.append(value)
-    if "before" not in adaptations and len(right_sides) == 2:
+    if not adaptations.before and len(right_sides) == 2:
         right_sides = [right_sides[0] + right_sides[1]]
 
     _, H, _, d = value.shape
@@ -258,15 +251,15 @@ def adapt(
     columns = sides[0] if len(sides) == 1 else torch.cat(sides, dim=-1)
     applied = feedback(columns).unflatten(-1, (len(sides), H, d))
     terms = [term.transpose(1, 2) for term in applied.unbind(dim=2)]
-    if "before" not in adaptations:
+    if not adaptations.before:
         total = terms[0]
     else:
         total = apply_attention(terms[-1])
-        if "only" in adaptations:
+        if adaptations.only:
             total = total + terms[-1]
-        if "after" in adaptations:
+        if adaptations.after:
             total = total + terms[0]
-    return (total / len(adaptations) if len(adaptations) > 1 else total).to(value.dtype)
+    return (total / sum(adaptations) if sum(adaptations) > 1 else total).to(value.dtype)
 
 
 def attention_applier(attention: Tensor) -> Callable[[Tensor], Tensor]:
@@ -371,28 +364,21 @@ def proxy_apply(
 
 
 def proxy_gather(
-    state: tuple[Tensor, Tensor], value: Tensor, *, gain: float, **terms: Any
+    state: tuple[Tensor, Tensor], value: Tensor, adaptations: Adaptations, *, gain: float
 ) -> tuple[Tensor, Tensor]:
     """See `fsa_kernels.proxy.gather`."""
     attended = proxy_apply(state, value, gain=gain)
-    return gather(value[:, None], attended[:, None], **terms)
+    return gather(value[:, None], attended[:, None], adaptations)
 
 
-def gather(
-    value: Tensor,
-    attended: Tensor,
-    *,
-    after: bool,
-    before: bool,
-    only: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def gather(value: Tensor, attended: Tensor, adaptations: Adaptations) -> tuple[Tensor, Tensor]:
     """See `fsa_kernels.columns.gather`."""
     value, attended = (heads.transpose(1, 2).flatten(2) for heads in (value, attended))
     gathered = torch.cat([attended, value.mean(dim=1, keepdim=True)], dim=1)
     patches = value[:, -attended.shape[1] :]
-    sides = [[attended] * after + [patches] * only, [patches] * before]
-    columns = torch.cat([scale * reduce(torch.add, side) for side in sides if side], dim=-1)
+    parts = [attended] * adaptations.after + [patches] * (adaptations.first > 1)
+    sides = [reduce(torch.add, parts)] + [patches] * adaptations.second
+    columns = torch.cat([adaptations.scale * side for side in sides], dim=-1)
     return gathered, columns
 
 

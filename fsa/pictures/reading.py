@@ -7,14 +7,14 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fsa.errors import FSAWarning, InputError
@@ -34,6 +34,7 @@ _FORMATS = ("PNG", "JPEG", "JPEG2000", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 _SIXTEEN_BIT_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N")
 
+_STRIP_PIXELS = 1 << 22
 
 _pillow_limit = threading.Lock()
 
@@ -101,6 +102,23 @@ def read_image(source: Any, *, max_pixels: int = MAX_PIXELS) -> Picture:
     raise InputError(
         f"a picture must be a path, a PIL image, an array or a tensor, not {type(source).__name__}"
     )
+
+
+def size_in_header(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """(H,W) of the picture in a file without decoding it, as it will be shown, or None.
+
+    None where the file cannot be read, which `read_image` says in words.
+    """
+    with suppress(InputError):
+        if not stat.S_ISREG(_mode(Path(path))):
+            return None
+        with _refusals(str(path)), _opened(Path(path)) as image:
+            width, height = image.size
+            if min(width, height) < 1:
+                return None
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+            return (width, height) if turned else (height, width)
+    return None
 
 
 def list_pictures(
@@ -237,7 +255,10 @@ def _from_pillow(image: Image.Image, name: str, max_pixels: int) -> Tensor:
         raise InputError(f"{name}: the picture is empty ({width} x {height})")
     if width * height > max_pixels:
         raise InputError(_too_large(name, max_pixels, (width, height)))
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    # Without the copy that is made even of what need not be turned.
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode in _SIXTEEN_BIT_MODES:
         grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         # Mode I is a wide type for either depth.
@@ -250,7 +271,7 @@ def _from_pillow(image: Image.Image, name: str, max_pixels: int) -> Tensor:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return _to_tensor(np.asarray(image.convert("RGB")))
+    return _rows_to_tensor(image)
 
 
 def _from_array(array: np.ndarray, max_pixels: int) -> Tensor:
@@ -284,6 +305,18 @@ def _from_array(array: np.ndarray, max_pixels: int) -> Tensor:
 def _to_8_bits(deep: np.ndarray) -> np.ndarray:
     """Values of 0 to 65535 as uint8."""
     return ((deep * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _rows_to_tensor(image: Image.Image) -> Tensor:
+    """A picture (3,H,W), some rows after the other, so that no other copy is ever whole."""
+    width, height = image.size
+    rgb = torch.empty((3, height, width), dtype=torch.uint8)
+    rows = max(1, _STRIP_PIXELS // width)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        strip = image.crop((0, top, width, bottom)).convert("RGB")
+        rgb[:, top:bottom] = torch.from_numpy(np.array(strip)).permute(2, 0, 1)
+    return rgb
 
 
 def _to_tensor(rgb: np.ndarray) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from fsa.pictures.resizing import upsampled_rows
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,39 @@ def pad_to_multiple(images: Tensor, multiple: tuple[int, int]) -> tuple[Tensor, 
     return images, (top, left)
 
 
+@dataclass(frozen=True)
+class GridMap:
+    """What was computed of a window, on the model's coarse grid of patches.
+
+    Attributes:
+        values: (C,rows,columns), of the window padded to whole patches.
+        padded: height and width of the padded window in pixels.
+        corner: where the window begins in it, (top, left).
+        size: height and width of the window in pixels.
+    """
+
+    values: Tensor
+    padded: tuple[int, int]
+    corner: tuple[int, int]
+    size: tuple[int, int]
+
+    def whole(self) -> Tensor:
+        """The map (C,h,w) at the window's size."""
+        return self._inside(slice(0, self.padded[0]))[:, self.corner[0] :][:, : self.size[0]]
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` - 1 of it, (C,last - first,w), without the others."""
+        return self._inside(slice(self.corner[0] + first, self.corner[0] + last))
+
+    def to(self, device: torch.device | str) -> GridMap:
+        """The same on a device."""
+        return replace(self, values=self.values.to(device))
+
+    def _inside(self, rows: slice) -> Tensor:
+        left = self.corner[1]
+        return upsampled_rows(self.values, self.padded, rows)[..., left : left + self.size[1]]
+
+
 class WindowMerger:
     """The average of overlapping windows' logits.
 
@@ -92,32 +126,3 @@ class WindowMerger:
         """The merged map (C,H,W); every pixel must be covered, and nothing is added afterwards."""
         # In place: of large pictures and many classes there is no memory for a second map.
         return self._sum.div_(self._count)
-
-
-def merged(
-    image: Tensor,
-    compute: Callable[[Tensor], Iterable[Tensor]],
-    channels: int,
-    parts: Sequence[Window],
-    window_batch: int,
-    progress: Callable[[int, int], None] | None = None,
-) -> Tensor:
-    """The average over a picture's windows of what is computed of them, (C,H,W) float32.
-
-    Args:
-        image: (3,H,W).
-        compute: windows (B,3,h,w) -> the map (C,h,w) of each.
-        channels: C.
-        parts: the windows, from `plan`.
-        window_batch: how many are computed at once.
-        progress: called with (windows done, windows in all).
-    """
-    merger = WindowMerger(channels, image.shape[-2], image.shape[-1], image.device)
-    for first in range(0, len(parts), window_batch):
-        batch = parts[first : first + window_batch]
-        crops = torch.stack([part.of(image) for part in batch])
-        for part, maps in zip(batch, compute(crops), strict=True):
-            merger.add(part, maps)
-        if progress is not None:
-            progress(min(first + window_batch, len(parts)), len(parts))
-    return merger.mean()

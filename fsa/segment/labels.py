@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fsa.arguments import as_integer, number_within
 from fsa.classes import checked_name
 from fsa.config import SEGMENTATION_SCALE
 from fsa.errors import InputError, NotFiniteError
 from fsa.models.text import TextQueries
+from fsa.segment.cosines import WholeCosines, full_size_strips
 
 _BACKGROUND = "background"
 # Entries of one strip of full-size logits: on the CPU 4 MiB in float32, which stay in its caches;
@@ -97,44 +99,48 @@ def label_map(
         area_thd: classes other than the background whose share of the foreground is not larger are
             given up in favour of the others (SCLIP's published protocol); 0 keeps all.
     """
+    choice = Choice(queries, prob_thd, background_index, scale)
     if area_thd > 0 and background_index is not None:
         first = label_map(cosines, queries, size, 0.0, None, scale=scale)
         areas = torch.bincount(first.flatten(), minlength=len(queries.names))
         areas[background_index] = 0
         dropped = areas <= area_thd * areas.sum()
         dropped[background_index] = False
-    else:
-        dropped = None
-    height, width = size
+        choice = replace(choice, dropped=dropped)
     labels = torch.empty(size, dtype=torch.int32, device=cosines.device)
-    entries = _STRIP_ENTRIES_GPU if cosines.is_cuda else _STRIP_ENTRIES
-    rows = max(1, entries // (len(cosines) * max(width, cosines.shape[2])))
-    for top in range(0, height, rows):
-        strip = slice(top, min(top + rows, height))
-        maps = _upsampled_rows(cosines, size, strip)
-        if background_index is None:
-            labels[strip] = queries.class_index[maps.max(dim=0).indices].int()
-            continue
-        probabilities = class_probabilities(maps, queries, scale)
-        if dropped is not None:
-            probabilities.masked_fill_(dropped[:, None, None], 0)
-        best, index = probabilities.max(dim=0)
-        labels[strip] = index.masked_fill(best < prob_thd, background_index).int()
+    for strip, maps in full_size_strips(
+        WholeCosines(cosines), size, slice(0, size[0]), strip_entries(cosines.is_cuda)
+    ):
+        labels[strip] = choice.labels(maps)
     return labels
 
 
-def _upsampled_rows(maps: Tensor, size: tuple[int, int], strip: slice) -> Tensor:
-    """Rows `strip` of maps (Q,h,w) resized bilinearly to `size`."""
-    height, width = size
-    if strip == slice(0, height):
-        return functional.interpolate(maps[None], size=size, mode="bilinear")[0]
-    # Where output rows fall between input rows, as bilinear resizing has it.
-    centre = (torch.arange(strip.start, strip.stop, device=maps.device) + 0.5) * (
-        maps.shape[1] / height
-    ) - 0.5
-    centre = centre.clamp(0, maps.shape[1] - 1)
-    upper = centre.floor().long()
-    lower = (upper + 1).clamp(max=maps.shape[1] - 1)
-    weight = (centre - upper).to(maps.dtype)[:, None]
-    mixed = maps[:, upper] * (1 - weight) + maps[:, lower] * weight
-    return functional.interpolate(mixed[None], size=(len(centre), width), mode="bilinear")[0]
+def strip_entries(on_gpu: bool) -> int:
+    """How many entries a strip of full-size cosines may have."""
+    return _STRIP_ENTRIES_GPU if on_gpu else _STRIP_ENTRIES
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a pixel gets its label.
+
+    Attributes:
+        queries, prob_thd, background_index, scale: as `label_map` takes them.
+        dropped: (C,) bool, classes that are given up in favour of the others, or None.
+    """
+
+    queries: TextQueries
+    prob_thd: float
+    background_index: int | None
+    scale: float
+    dropped: Tensor | None = None
+
+    def labels(self, maps: Tensor) -> Tensor:
+        """Labels (h,w) int32 of cosines (Q,h,w)."""
+        if self.background_index is None:
+            return self.queries.class_index[maps.max(dim=0).indices].int()
+        probabilities = class_probabilities(maps, self.queries, self.scale)
+        if self.dropped is not None:
+            probabilities.masked_fill_(self.dropped[:, None, None], 0)
+        best, index = probabilities.max(dim=0)
+        return index.masked_fill(best < self.prob_thd, self.background_index).int()

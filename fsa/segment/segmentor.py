@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import math
+import os
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import fsa
 from fsa import hosts
 from fsa.arguments import integer_within
 from fsa.classes import Classes, parse_classes
 from fsa.config import SEGMENTATION_SCALE, FSAConfig, logit_scale_factor
-from fsa.errors import InputError, named_out_of_memory
+from fsa.errors import FSAError, InputError
 from fsa.models.guides import LAYER, VFM
 from fsa.models.loading import TINY, LoadedModel
 from fsa.models.text import Progress, TextEncoder, TextQueries
 from fsa.models.text_cache import user_text_cache
-from fsa.ops.checks import autocast_off
-from fsa.pictures import windows
+from fsa.pictures.ahead import read_ahead
 from fsa.pictures.reading import read_image
 from fsa.segment.assembly import (
     check_vfm,
@@ -33,9 +30,10 @@ from fsa.segment.assembly import (
     loaded_model,
     resolve_feedback,
 )
-from fsa.segment.graphs import GraphCache
 from fsa.segment.inspection import PatchAttentions, WindowAttentions, window_attentions
-from fsa.segment.labels import class_probabilities, label_map, named_background, require_finite
+from fsa.segment.labels import Choice, named_background
+from fsa.segment.model import WindowModel
+from fsa.segment.pipeline import Job, WindowProgress, segmentations
 from fsa.segment.result import Segmentation
 from fsa.segment.sizes import PAPER_SIZES, TINY_SIZES, Sizes, resized
 
@@ -108,7 +106,7 @@ def load_segmentor(
     return Segmentor(host_name(host), built, loaded, text, guide, feedback, cuda_graph=cuda_graph)
 
 
-class Segmentor:
+class Segmentor(WindowModel):
     """Segments pictures into any classes; made by `load_segmentor`.
 
     Attributes:
@@ -135,22 +133,13 @@ class Segmentor:
         *,
         cuda_graph: bool = False,
     ) -> None:
-        if cuda_graph and loaded.device.type != "cuda":
-            raise InputError(
-                f"cuda_graph=True needs a CUDA device; the model is on {loaded.device}"
-            )
-        self.graphs = GraphCache(self.forward) if cuda_graph else None
-        self.host_name, self.host = host_name, host
-        self.loaded, self.vfm = loaded, vfm
-        self.config = resolve_feedback(feedback, vfm, loaded)
+        super().__init__(
+            host, loaded, vfm, resolve_feedback(feedback, vfm, loaded), cuda_graph=cuda_graph
+        )
+        self.host_name = host_name
         self.logit_scale = SEGMENTATION_SCALE * logit_scale_factor(loaded.temperature)
         self._feedback = feedback
         self._text = text
-        # Made once, on the device: a copy from the host would wait for it in every picture.
-        self._mean, self._std = (
-            torch.tensor(channels, device=loaded.device)[:, None, None]
-            for channels in (loaded.mean, loaded.std)
-        )
 
     def with_feedback(self, feedback: bool | FSAConfig) -> Segmentor:
         """The same models with another configuration of feedback."""
@@ -216,7 +205,7 @@ class Segmentor:
         Raises:
             InputError: arguments that `segment` accepts with no picture.
         """
-        sizes = self._sizes(window, stride, short_side)
+        sizes = self.sizes(window, stride, short_side)
         integer_within("window_batch", window_batch, 1)
         names, background_index = named_background(parse_classes(classes), prob_thd, background)
         return {
@@ -247,10 +236,14 @@ class Segmentor:
         prob_thd: float = 0.0,
         background: str | int | None = None,
         window_batch: int = 8,
+        on_device: bool = False,
         progress: Progress | None = None,
         text_progress: Progress | None = None,
     ) -> Segmentation:
         """Labels every pixel of a picture with one of the classes.
+
+        A picture whose cosines would not fit at the working size is merged and labelled strip by
+        strip.
 
         Args:
             image: a path, PIL image, array or tensor; see `fsa.pictures.reading.read_image`.
@@ -265,6 +258,8 @@ class Segmentor:
                 name, which is added as a last class; default a class "background" if there is
                 one, else added.
             window_batch: how many windows are computed at once; it does not change the result.
+            on_device: leaves labels and scores on the model's device, for `label_tensor` and
+                `score_tensor`.
             progress: called with (windows done, windows in all).
             text_progress: called with (texts done, texts in all), as by `TextEncoder.encode`.
 
@@ -272,50 +267,92 @@ class Segmentor:
             InputError: a picture or an argument that is not accepted.
             OutOfMemoryError: a working size or a batch of windows that does not fit.
         """
-        start = time.perf_counter()
-        sizes = self._sizes(window, stride, short_side)
-        integer_within("window_batch", window_batch, 1)
-        picture = read_image(image)
-        names, background_index = named_background(parse_classes(classes), prob_thd, background)
-        queries = self._text.encode(classes, progress=text_progress)
-        what = f"windows of {sizes.window} pixels, {window_batch} at once, on {self.loaded.device}"
-        memory = named_out_of_memory(what, "lower window_batch, window or short_side")
-        with torch.inference_mode(), memory, self.loaded.naming(picture.label):
-            image = self.normalise(resized(picture, sizes.short_side, self.loaded.device))
-            cosines = windows.merged(
-                image,
-                lambda crops: self.window_cosines(crops, queries),
-                len(queries.features),
-                windows.plan(image.shape[-2], image.shape[-1], sizes.window, sizes.stride),
-                window_batch,
-                progress,
-            )
-            label_tensor = label_map(
-                cosines,
-                queries,
-                (picture.rgb.shape[-2], picture.rgb.shape[-1]),
-                prob_thd,
-                background_index,
-                scale=self.logit_scale,
-            )
-            # Waits for the device, so that the time is the whole one.
-            labels = label_tensor.cpu().numpy()
-            require_finite(cosines)
-            compute_scores = partial(class_probabilities, cosines.cpu(), queries, self.logit_scale)
-        settings = {
-            "fsa": fsa.__version__,
-            "torch": torch.__version__,
-            **self.settings(
-                classes,
-                window=window,
-                stride=stride,
-                short_side=short_side,
-                prob_thd=prob_thd,
-                background=background,
-            ),
-            "seconds": round(time.perf_counter() - start, 3),
+        started = time.perf_counter()
+        options: dict[str, Any] = {
+            **{"window": window, "stride": stride, "short_side": short_side, "prob_thd": prob_thd},
+            **{"background": background, "window_batch": window_batch},
         }
-        return Segmentation(labels, compute_scores, list(names), settings, picture)
+        # What is not accepted is said before a picture is read, and before texts are encoded.
+        self.settings(classes, **options)
+        picture = read_image(image)
+        job = self._job(classes, on_device, text_progress, **options)
+        of_one = None if progress is None else lambda _, done, total: progress(done, total)
+        (result,) = segmentations(job, [picture], progress=of_one, started=started)
+        if isinstance(result, FSAError):
+            raise result
+        return result
+
+    def segment_many(
+        self,
+        pictures: Iterable[Any],
+        classes: Classes,
+        *,
+        window: int | None = None,
+        stride: int | None = None,
+        short_side: int | None = None,
+        prob_thd: float = 0.0,
+        background: str | int | None = None,
+        window_batch: int = 8,
+        on_device: bool = False,
+        progress: WindowProgress | None = None,
+        text_progress: Progress | None = None,
+    ) -> Iterator[Segmentation | FSAError]:
+        """Segments many pictures, in their order; one that fails does not stop the others.
+
+        Files are read in the background, and a batch of windows is filled across pictures, so that
+        a result comes when the batch with its last window is computed. A few pictures are in memory
+        at a time. Each result equals that of `segment` to the rounding of another batch.
+
+        Args:
+            pictures: each as `segment` takes it; may be endless.
+            classes, window, stride, short_side, prob_thd, background, window_batch, on_device: as
+                in `segment`.
+            progress: called with (number of the picture from 0, its windows done, its windows in
+                all).
+            text_progress: as in `segment`; texts are encoded before this returns.
+
+        Yields:
+            For each picture its segmentation, or the error that it failed with.
+
+        Raises:
+            InputError: an argument that no picture is accepted with.
+        """
+        if isinstance(pictures, (str, os.PathLike)):
+            raise InputError(
+                f"pictures={str(pictures)!r} must be several; for a folder pass "
+                "fsa.pictures.reading.list_pictures([folder])"
+            )
+        options: dict[str, Any] = {
+            **{"window": window, "stride": stride, "short_side": short_side, "prob_thd": prob_thd},
+            **{"background": background, "window_batch": window_batch},
+        }
+        job = self._job(classes, on_device, text_progress, **options)
+        return segmentations(job, read_ahead(pictures), progress=progress)
+
+    def _job(
+        self,
+        classes: Classes,
+        on_device: bool,
+        text_progress: Progress | None,
+        **options: Any,
+    ) -> Job:
+        """What is done with every picture; checks the options as `settings` does."""
+        settings = self.settings(classes, **options)
+        prob_thd = float(options["prob_thd"])
+        names, background_index = named_background(
+            parse_classes(classes), prob_thd, options["background"]
+        )
+        queries = self._text.encode(classes, progress=text_progress)
+        return Job(
+            segmentor=self,
+            queries=queries,
+            names=names,
+            sizes=self.sizes(options["window"], options["stride"], options["short_side"]),
+            choice=Choice(queries, prob_thd, background_index, self.logit_scale),
+            window_batch=options["window_batch"],
+            settings={"fsa": fsa.__version__, "torch": torch.__version__, **settings},
+            on_device=on_device,
+        )
 
     def attentions_at(
         self,
@@ -364,7 +401,7 @@ class Segmentor:
         """
         if self.config is None:
             raise InputError("this segmentor has no feedback to look at: take with_feedback(True)")
-        sizes = self._sizes(window, stride, short_side)
+        sizes = self.sizes(window, stride, short_side)
         picture = read_image(image)
         working = self.normalise(resized(picture, sizes.short_side, self.loaded.device))
         queries = self._text.encode(classes)
@@ -380,68 +417,17 @@ class Segmentor:
 
         return explore(self, image, classes, out, **options)
 
-    def _sizes(self, window: int | None, stride: int | None, short_side: int | None) -> Sizes:
-        default = TINY_SIZES if self.loaded.name == TINY else PAPER_SIZES
-        return default.override(window, stride, short_side, max(self.host.tower.patch_size))
-
-    @torch.no_grad()
-    def forward(self, windows: Tensor, text_features: Tensor) -> Tensor:
-        """The whole computation of one batch of windows, for `torch.compile` and the like.
-
-        Args:
-            windows: (B,3,H,W), normalised with the model's mean and deviation, in its type and on
-                its device; H and W multiples of the patch sizes of the model and of the vfm.
-            text_features: (Q,E) float32, of unit length.
-
-        Returns:
-            Cosines (B,Q,rows,columns) float32, on the host's grid.
+    def sizes(
+        self, window: int | None = None, stride: int | None = None, short_side: int | None = None
+    ) -> Sizes:
+        """The sizes that `segment` takes: those given, and the defaults of the model for others.
 
         Raises:
-            InputError: as `Host.features`.
+            InputError: a size that is not accepted.
         """
-        # The model runs in its own type, which under torch.autocast would be lost on the way.
-        with autocast_off(windows):
-            vfm_features, tokens = self.vfm_features(windows)
-            features = self.host.features(
-                windows, text_features, vfm_features=vfm_features, tokens=tokens, config=self.config
-            )
-            unit = features.float()
-            if not self.host.compared_as_they_are:
-                unit = functional.normalize(unit, dim=-1)
-            grid = self.host.grid(windows.shape[-2], windows.shape[-1], vfm_features)
-            return (unit @ text_features.T).transpose(1, 2).unflatten(2, grid)
+        default = TINY_SIZES if self.loaded.name == TINY else PAPER_SIZES
+        return default.override(window, stride, short_side, max(self.host.tower.patch_size))
 
     def encode(self, classes: Classes, *, allow_repeats: bool = False) -> TextQueries:
         """The text queries of a class list; see `fsa.models.text.TextEncoder.encode`."""
         return self._text.encode(classes, allow_repeats=allow_repeats)
-
-    def normalise(self, image: Tensor) -> Tensor:
-        """A picture (3,h,w) in [0, 1] as CLIP takes it, by its mean and deviation."""
-        return (image - self._mean.to(image.device)) / self._std.to(image.device)
-
-    def window_cosines(self, crops: Tensor, queries: TextQueries) -> Iterator[Tensor]:
-        """Cosines (Q,h,w) of each of the windows (B,3,h,w), upsampled to their size.
-
-        Args:
-            crops: normalised, on the model's device; they may be of several pictures.
-            queries: from `encode`.
-        """
-        height, width = crops.shape[-2:]
-        padded, (top, left) = self.padded(crops)
-        forward = self.forward if self.graphs is None else self.graphs
-        cosines = forward(padded, queries.features)
-        # One window at a time: at full size all of them, for all queries, are large.
-        for maps in cosines.split(1):
-            maps = functional.interpolate(maps, size=padded.shape[-2:], mode="bilinear")
-            yield maps[0, :, top : top + height, left : left + width]
-
-    def vfm_features(self, windows: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What the vfm makes of windows, and CLIP's tokens where they come with it."""
-        return self.vfm.with_trunk(windows, self.host.tower) if self.vfm else (None, None)
-
-    def padded(self, crops: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Windows padded to whole patches, in the model's type, and where they begin in that."""
-        of_vfm = self.vfm.multiple if self.vfm else 1
-        rows, columns = (math.lcm(side, of_vfm) for side in self.host.tower.patch_size)
-        padded, corner = windows.pad_to_multiple(crops, (rows, columns))
-        return padded.to(self.loaded.dtype), corner

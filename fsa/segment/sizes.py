@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch.nn import functional
 
 from fsa.arguments import integer_within
 from fsa.pictures.reading import Picture
+from fsa.pictures.resizing import resized_rows
+from fsa.pictures.windows import Window
 
 LARGEST_SIDE = 16384
 """Of a resized picture, in pixels."""
@@ -58,12 +61,58 @@ PAPER_SIZES = Sizes(short_side=336, window=336, stride=112)
 TINY_SIZES = Sizes(short_side=224, window=112, stride=56)
 
 
+# Above this many entries of a picture or of what it is resized to, it is never whole in float32.
+_WHOLE_ENTRIES = 1 << 26
+
+
+def working_size(size: tuple[int, int], short_side: int) -> tuple[int, int]:
+    """(h,w) of a picture of `size` (H,W) with this short side."""
+    scale = short_side / min(size)
+    rows, columns = (min(LARGEST_SIDE, max(1, round(side * scale))) for side in size)
+    return rows, columns
+
+
 def resized(picture: Picture, short_side: int, device: torch.device) -> Tensor:
     """The picture with this short side, (3,h,w) float32 in [0, 1] on the device."""
-    height, width = picture.rgb.shape[-2:]
-    scale = short_side / min(height, width)
-    size = tuple(min(LARGEST_SIDE, max(1, round(side * scale))) for side in (height, width))
-    image = picture.rgb.to(device).float()[None] / 255
-    if size != (height, width):
+    own = (picture.rgb.shape[-2], picture.rgb.shape[-1])
+    size = working_size(own, short_side)
+    image = picture.rgb.to(device).float()[None].div_(255)
+    if size != own:
         image = functional.interpolate(image, size=size, mode="bilinear", antialias=True)
     return image[0]
+
+
+class WorkingPicture:
+    """A picture resized and normalised: as a whole, or of a large one the rows of a window.
+
+    Args:
+        picture: what was read.
+        short_side: to which it is resized.
+        normalise: (3,h,w) in [0, 1] -> (3,h,w).
+        device: where it is computed.
+    """
+
+    def __init__(
+        self,
+        picture: Picture,
+        short_side: int,
+        normalise: Callable[[Tensor], Tensor],
+        device: torch.device,
+    ) -> None:
+        self.size = working_size((picture.rgb.shape[-2], picture.rgb.shape[-1]), short_side)
+        self._picture, self._normalise, self._device = picture, normalise, device
+        entries = max(picture.rgb.numel(), 3 * self.size[0] * self.size[1])
+        # The rows that were made last, and the number of the first: windows come row by row.
+        self._first, self._rows = 0, torch.empty((3, 0, 0))
+        if entries <= _WHOLE_ENTRIES:
+            self._rows = normalise(resized(picture, short_side, device))
+
+    def crop(self, window: Window) -> Tensor:
+        """A window of it, (3,h,w)."""
+        top, bottom = window.top, window.top + window.height
+        if top < self._first or bottom > self._first + self._rows.shape[1]:
+            rows = resized_rows(self._picture.rgb, self.size, slice(top, bottom), self._device)
+            self._first, self._rows = top, self._normalise(rows)
+        return self._rows[
+            :, top - self._first : bottom - self._first, window.left : window.left + window.width
+        ]

@@ -81,7 +81,7 @@ def run(
 
 
 def _middle_patch(segmentor: Segmentor, result: Segmentation) -> tuple[int, int]:
-    height, width = result.scores.shape[-2:]
+    height, width = result.maps.working_size
     rows, columns = segmentor.host.tower.patch_size
     return height // 2 // rows, width // 2 // columns
 

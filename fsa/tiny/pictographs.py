@@ -1,8 +1,8 @@
-"""Where the objects of the scenes come from: licence-clean pictographs in seven styles.
+"""Where the objects of the scenes come from: licence-clean pictographs in eight styles.
 
     npm install --prefix pictographs @iconify-json/noto @iconify-json/noto-v1 \
         @iconify-json/twemoji @iconify-json/emojione @iconify-json/fluent-emoji-flat \
-        @iconify-json/fxemoji @lobehub/fluent-emoji-3d
+        @iconify-json/fxemoji @lobehub/fluent-emoji-3d @iconify-json/streamline-emojis
     python -m fsa.tiny.pictographs --modules pictographs/node_modules --out pictographs/png
 
 gathers the pictographs that `fsa.tiny.scenes` knows into one folder per style, as PNGs of 128
@@ -14,6 +14,7 @@ pixels (needs `pip install resvg-py`). The pictographs themselves are not part o
 | twemoji | Twitter and other contributors | CC-BY 4.0 |
 | fluent, fluent-flat | Microsoft | MIT |
 | fxemoji | Mozilla | Apache-2.0 |
+| streamline | Streamline | CC-BY 4.0 |
 | emojione | Emoji One | CC-BY 4.0 |
 """
 
@@ -29,7 +30,7 @@ from PIL import Image
 
 from fsa.tiny.vocabulary import OBJECTS
 
-TRAIN_STYLES = ("noto", "noto-v1", "twemoji", "fluent", "fluent-flat", "fxemoji")
+TRAIN_STYLES = ("noto", "noto-v1", "twemoji", "fluent", "fluent-flat", "fxemoji", "streamline")
 UNSEEN_STYLE = "emojione"
 """The style that training never sees."""
 
@@ -41,6 +42,7 @@ _ICONIFY = {
     "twemoji": "twemoji",
     "fluent-flat": "fluent-emoji-flat",
     "fxemoji": "fxemoji",
+    "streamline": "streamline-emojis",
     "emojione": "emojione",
 }
 # Sets that come without a list of code points share the names of those that have one.

@@ -25,7 +25,7 @@ _VISIBLE_PIXELS = 64
 _NONE = -1
 
 # Uniform numbers that one object, and that the rest of a scene, take.
-_PER_OBJECT = 16
+_PER_OBJECT = 24
 _PER_SCENE = 24
 
 
@@ -246,6 +246,8 @@ class Composer:
         )
         points = torch.stack([x, y], dim=-1).flatten(0, 1) - _tensor(centre, device)[:, None]
         grid = (points @ _tensor(inverse, device).transpose(1, 2)).unflatten(1, self.size)
+        if self.augment:
+            grid = self._bent(grid, uniform)
         sprites = torch.zeros((len(rows), 4, height, width), device=device)
         # The level whose pixels are nearest to the scene's in size; a coarser one now and then.
         shrink = np.log2(self.sprites.levels[0].shape[-1] / side)
@@ -287,6 +289,14 @@ class Composer:
         inside = side[:, None] / 4
         return inverse, np.clip(centre, inside, np.array(self.size[::-1])[None] - inside)
 
+    def _bent(self, grid: Tensor, uniform: np.ndarray) -> Tensor:
+        """Sprite coordinates (B,H,W,2) displaced by a wave along each axis."""
+        device = grid.device
+        depth = _tensor(0.12 * uniform[:, 16:18], device)[:, None, None]
+        cycles = _tensor(1 + 3 * uniform[:, 18:20], device)[:, None, None]
+        phase = _tensor(2 * np.pi * uniform[:, 20:22], device)[:, None, None]
+        return grid + depth * torch.sin(cycles * grid.flip(-1) + phase)
+
     def _recoloured(self, colours: Tensor, opacity: Tensor, uniform: np.ndarray) -> Tensor:
         """Colours (already multiplied by opacity) with another hue, saturation and light."""
         device = colours.device
@@ -295,7 +305,9 @@ class Composer:
         gain = 0.5 + 0.5 * gain if self.augment else gain
         hue = np.zeros(len(uniform))
         if self.augment:
-            hue = np.deg2rad(50) * (uniform[:, 13] - 0.5)
+            # Some turn to any hue or to grey, so that shape must do where colour tells nothing.
+            turn = np.where(uniform[:, 15] < 0.15, 360, 50)
+            hue = np.deg2rad(turn) * (uniform[:, 13] - 0.5)
             saturation = np.where(uniform[:, 14] < 0.08, 0.0, saturation)
         # Hue turns about the grey axis; saturation scales what is off it.
         grey = np.full((3, 3), 1 / 3)

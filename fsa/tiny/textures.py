@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -13,8 +14,9 @@ BANK_SIDE = 512
 BANK_TILES = 6
 
 
+@lru_cache(maxsize=4)
 def texture_bank(seed: int) -> np.ndarray:
-    """Large tiles of every texture, (textures, tiles, 3, side, side) uint8."""
+    """Large tiles of every texture, (textures, tiles, 3, side, side) uint8; not to be changed."""
     bank = []
     for index, entry in enumerate(TEXTURES):
         rng = np.random.default_rng((seed, 7919, index))

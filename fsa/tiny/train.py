@@ -2,11 +2,11 @@
 
     python -m fsa.tiny.train --pictographs DIR --out RUN_DIR
 
-DIR is what `python -m fsa.tiny.pictographs` wrote. The first steps see crops with one thing or two;
-then come small scenes and at last scenes of the full size. What is smaller than the full size is
-placed on a random part of the positional grid, and is many times cheaper. The same command goes on
-where a stopped run was; RUN_DIR holds the checkpoint, the curve (curve.csv) and, at the end,
-tiny.safetensors with its checksum.
+DIR is what `python -m fsa.tiny.pictographs` wrote. A step shows crops with one object or two, or
+scenes of one size, drawn from the seed. What is smaller than the full size is placed on a random
+part of the positional grid. The same command goes on where a stopped run was; RUN_DIR holds the
+checkpoint, the curve (curve.csv) and, at the end, tiny.safetensors with its checksum. Training
+needs torch 2.9, which has Muon.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import csv
 import hashlib
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import open_clip
 import torch
 from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
@@ -41,20 +41,37 @@ _CHECKPOINT = "checkpoint.pt"
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A stretch of training at one size of scene; sizes in pixels."""
+class View:
+    """What a step shows: pictures of one size; sizes in pixels.
+
+    Attributes:
+        size: of the pictures.
+        object_sizes: shortest and longest side of an object.
+        most_objects: how many objects a picture has at most.
+        groups: of pictures in a step. A group shows every object once as its first, and its
+            captions are compared with its own pictures only, so that few of them fit two.
+        parts: into how many the patches of each picture are dealt at random. The image tower is
+            given one part at a time, in as many updates.
+    """
 
     size: int
     object_sizes: tuple[int, int]
-    fewest_objects: int
     most_objects: int
-    batch: int
+    groups: int
+    parts: int = 1
+
+    @property
+    def batch(self) -> int:
+        return self.groups * len(OBJECTS)
 
 
-# A batch of crops shows every object once as its first, so that no caption of it fits two crops.
-CROP = Phase(size=64, object_sizes=(36, 80), fewest_objects=1, most_objects=2, batch=len(OBJECTS))
-SMALL = Phase(size=112, object_sizes=(32, 100), fewest_objects=1, most_objects=3, batch=128)
-FULL = Phase(size=224, object_sizes=(40, 170), fewest_objects=1, most_objects=4, batch=64)
+# An update costs about the same for each. A part of a large picture costs little more than a whole
+# small one, and shows objects as large as those of scenes.
+CROP = View(size=64, object_sizes=(36, 84), most_objects=2, groups=3)
+SMALL = View(size=112, object_sizes=(36, 150), most_objects=3, groups=2, parts=2)
+MEDIUM = View(size=160, object_sizes=(40, 170), most_objects=3, groups=1, parts=2)
+FULL = View(size=224, object_sizes=(40, 200), most_objects=4, groups=1, parts=4)
+VIEWS = (CROP, SMALL, MEDIUM, FULL)
 
 _BARE = 0.05
 _LAST_TEMPERATURE = 100.0
@@ -65,18 +82,22 @@ class Plan:
     """How long and how fast.
 
     Attributes:
-        crop_steps, small_steps, full_steps: steps of each phase.
-        learning_rate: at its peak, after `warmup` steps; it then falls as a cosine to 0.
+        steps: batches of pictures.
+        shares: of the steps that show each of `VIEWS`.
+        whole: share of the steps, the last ones, whose pictures keep all of their patches.
+        learning_rate: after `warmup` steps, until the last `decay` of the steps, a share, in which
+            it falls to 0 as a line.
         first_temperature: where the temperature begins; it ends where CLIP's does.
-        freeze_text: leaves the text tower as it is, which makes a step a third faster.
+        freeze_text: leaves the text tower as it is, which saves most of its cost.
         seed: of the weights and of every scene.
     """
 
-    crop_steps: int = 12000
-    small_steps: int = 2000
-    full_steps: int = 300
-    learning_rate: float = 1.5e-3
-    warmup: int = 300
+    steps: int = 20000
+    shares: tuple[float, ...] = (0.5, 0.3, 0.15, 0.05)
+    whole: float = 0.1
+    learning_rate: float = 1.0e-3
+    warmup: int = 200
+    decay: float = 0.5
     weight_decay: float = 0.05
     first_temperature: float = 14.3
     freeze_text: bool = False
@@ -84,19 +105,10 @@ class Plan:
     workers: int = 1
     save_every: int = 250
 
-    @property
-    def phases(self) -> tuple[tuple[Phase, int], ...]:
-        return (CROP, self.crop_steps), (SMALL, self.small_steps), (FULL, self.full_steps)
-
-    @property
-    def steps(self) -> int:
-        return sum(steps for _, steps in self.phases)
-
     def rate(self, step: int) -> float:
-        if step < self.warmup:
-            return self.learning_rate * (step + 1) / self.warmup
-        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        rising = (step + 1) / self.warmup
+        falling = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return self.learning_rate * min(1.0, rising, falling)
 
     def temperature(self, step: int) -> float:
         """Rises over the first third of the steps to where CLIP's ends.
@@ -106,38 +118,53 @@ class Plan:
         progress = min(1.0, 3 * step / self.steps)
         return self.first_temperature * (_LAST_TEMPERATURE / self.first_temperature) ** progress
 
+    def view(self, step: int) -> View:
+        """What a step shows, from the seed and the step alone."""
+        drawn = np.random.default_rng((self.seed, step, 3)).choice(len(VIEWS), p=self.shares)
+        view = VIEWS[drawn]
+        if step >= (1 - self.whole) * self.steps:
+            return replace(view, parts=1)
+        return view
+
 
 class SceneBatches(Dataset):
-    """Whole batches: images (B,3,S,S) uint8 and tokens (B,L), L as long as its longest caption."""
+    """The batch of each step: images (B,3,S,S) uint8 and tokens (B,L), L as the longest caption.
 
-    def __init__(self, sprites: Sprites, phase: Phase, seed: int, first: int, count: int) -> None:
-        self.composer = Composer(
-            sprites,
-            (phase.size, phase.size),
-            seed=seed,
-            object_sizes=phase.object_sizes,
-            fewest_objects=phase.fewest_objects,
-            most_objects=phase.most_objects,
-            bare=_BARE,
-            augment=True,
-        )
+    Args:
+        first: the step of the first batch.
+    """
+
+    def __init__(self, sprites: Sprites, plan: Plan, first: int) -> None:
+        self.composers = {
+            view.size: Composer(
+                sprites,
+                (view.size, view.size),
+                seed=plan.seed,
+                object_sizes=view.object_sizes,
+                most_objects=view.most_objects,
+                bare=_BARE,
+                augment=True,
+            )
+            for view in VIEWS
+        }
         self.tokenizer = open_clip.SimpleTokenizer(
             context_length=CONFIG["text_cfg"]["context_length"]
         )
-        self.seed = seed
-        self.batch = phase.batch
+        self.plan = plan
         self.first = first
-        self.count = count
 
     def __len__(self) -> int:
-        return self.count
+        return self.plan.steps - self.first
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        start = self.first + number * self.batch
-        indices = range(start, start + self.batch)
-        scenes = self.composer.compose(indices)
+        step = self.first + number
+        view = self.plan.view(step)
+        # Every step has scenes of its own: none is seen twice.
+        start = step * max(view.batch for view in VIEWS)
+        indices = range(start, start + view.batch)
+        scenes = self.composers[view.size].compose(indices)
         sentences = [
-            caption(objects, textures, np.random.default_rng((self.seed, index, 1)))
+            caption(objects, textures, np.random.default_rng((self.plan.seed, index, 1)))
             for index, objects, textures in zip(
                 indices, scenes.objects, scenes.textures, strict=True
             )
@@ -153,23 +180,58 @@ def normalise(images: Tensor) -> Tensor:
     return (images.float() / 255 - mean) / deviation
 
 
-def encode_scene(model: CLIP, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Unit features (B,E) of scenes (B,3,S,S) placed on a random part of the positional grid."""
+def encode_scene(
+    model: CLIP, images: Tensor, generator: torch.Generator, part: int = 0, parts: int = 1
+) -> Tensor:
+    """Unit features (B,E) of scenes (B,3,S,S) placed on a random part of the positional grid.
+
+    The same as the image tower computes, by plain products: for so few tokens they are twice as
+    fast as its convolution and its attention.
+
+    Args:
+        generator: of the place and of the parts.
+        part, parts: of `parts` random parts of each scene's patches, the one to look at.
+    """
     visual = model.visual
-    patches = visual.conv1(images)
-    rows, columns = patches.shape[-2:]
+    side = visual.patch_size[0]
+    patches = images.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+    rows, columns = patches.shape[2], patches.shape[4]
+    patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     whole_rows, whole_columns = visual.grid_size
     top = int(torch.randint(whole_rows - rows + 1, (), generator=generator))
     left = int(torch.randint(whole_columns - columns + 1, (), generator=generator))
     positions = visual.positional_embedding[1:].unflatten(0, visual.grid_size)
-    positions = positions[top : top + rows, left : left + columns].flatten(0, 1)
+    positions = positions[top : top + rows, left : left + columns].flatten(0, 1)[None]
+    if parts > 1:
+        chosen = deal(patches.shape[1], len(patches), generator, parts)[part].to(images.device)
+        patches = patches.gather(1, chosen[..., None].expand(-1, -1, patches.shape[2]))
+        positions = positions[0][chosen]
 
-    tokens = patches.flatten(2).transpose(1, 2) + positions
+    tokens = functional.linear(patches, visual.conv1.weight.flatten(1)) + positions
     first = visual.class_embedding + visual.positional_embedding[0]
     tokens = torch.cat([first.expand(len(tokens), 1, -1).to(tokens.dtype), tokens], dim=1)
-    tokens = visual.transformer(visual.ln_pre(tokens))
+    tokens = visual.ln_pre(tokens)
+    for block in visual.transformer.resblocks:
+        tokens = tokens + _attended(block.attn, block.ln_1(tokens))
+        tokens = tokens + block.mlp(block.ln_2(tokens))
     pooled, _ = visual._pool(tokens)
     return functional.normalize(pooled @ visual.proj, dim=-1)
+
+
+def deal(patches: int, scenes: int, generator: torch.Generator, parts: int) -> tuple[Tensor, ...]:
+    """The patches of every scene, dealt at random into parts: each (B,K), places on the grid."""
+    order = torch.rand((scenes, patches), generator=generator).argsort(dim=1)
+    return order.tensor_split(parts, dim=1)
+
+
+def _attended(attention: nn.MultiheadAttention, tokens: Tensor) -> Tensor:
+    """Self-attention of tokens (B,N,D)."""
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    joint = functional.linear(tokens, weight, bias).unflatten(-1, (3, attention.num_heads, -1))
+    query, key, value = joint.permute(2, 0, 3, 1, 4)
+    weights = (query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)).softmax(dim=-1)
+    heads = weights.to(value.dtype) @ value
+    return attention.out_proj(heads.transpose(1, 2).flatten(2))
 
 
 def encode_captions(model: CLIP, tokens: Tensor) -> Tensor:
@@ -182,12 +244,57 @@ def encode_captions(model: CLIP, tokens: Tensor) -> Tensor:
     return functional.normalize(ends @ model.text_projection, dim=-1)
 
 
-def contrastive_loss(image_features: Tensor, text_features: Tensor, temperature: float) -> Tensor:
-    """CLIP's: cross-entropy of pictures against texts and of texts against pictures."""
-    logits = temperature * image_features.float() @ text_features.float().T
-    target = torch.arange(len(logits), device=logits.device)
-    across = functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
-    return across / 2
+def contrastive_loss(
+    image_features: Tensor, text_features: Tensor, temperature: float, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """CLIP's: cross-entropy of pictures against texts and of texts against pictures.
+
+    Args:
+        image_features, text_features: (B,E), of unit length.
+        groups: equal parts of the batch, each with a loss of its own.
+
+    Returns:
+        The loss, and the share of the pictures whose own text is the nearest.
+    """
+    images, texts = (f.float().unflatten(0, (groups, -1)) for f in (image_features, text_features))
+    logits = temperature * images @ texts.transpose(1, 2)
+    target = torch.arange(logits.shape[1], device=logits.device).expand(groups, -1)
+    across = functional.cross_entropy(logits.transpose(1, 2), target)
+    across = across + functional.cross_entropy(logits, target)
+    return across / 2, (logits.argmax(dim=2) == target).float().mean()
+
+
+class Optimizers:
+    """Muon for the matrices of the towers' blocks and AdamW for all other weights."""
+
+    def __init__(self, model: CLIP, plan: Plan) -> None:
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for n, p in trained.items() if ".resblocks." in n and p.ndim == 2]
+        known = {id(p) for p in matrices}
+        others = [p for p in trained.values() if id(p) not in known]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in others if p.ndim >= 2], "weight_decay": plan.weight_decay},
+            {"params": [p for p in others if p.ndim < 2]},
+        ]
+        adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True, weight_decay=0.0)
+        muon = torch.optim.Muon(
+            matrices, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self.both = (adamw, muon)
+
+    def step(self, rate: float) -> None:
+        for optimizer in self.both:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [optimizer.state_dict() for optimizer in self.both]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        for optimizer, state in zip(self.both, states, strict=True):
+            optimizer.load_state_dict(state)
 
 
 def train(
@@ -212,98 +319,71 @@ def train(
     model.logit_scale.requires_grad_(False).fill_(math.log(_LAST_TEMPERATURE))
     if plan.freeze_text:
         model.lock_text_tower(unlocked_layers=0, freeze_layer_norm=True)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.ndim >= 2]
-    others = [p for p in trained if p.ndim < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": plan.weight_decay},
-        {"params": others},
-    ]
-    optimizer = torch.optim.AdamW(
-        groups,
-        lr=plan.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-        weight_decay=0.0,
-    )
+    optimizers = Optimizers(model, plan)
     step = 0
     if (out / _CHECKPOINT).exists():
         saved = torch.load(out / _CHECKPOINT, map_location=device, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        optimizers.load_state_dict(saved["optimizers"])
         step = saved["step"]
 
+    batches = SceneBatches(sprites, plan, first=step)
+    # Scenes on a GPU are made by this process, which holds it.
+    workers = plan.workers if sprites.device.type == "cpu" else 0
     with tqdm(total=plan.steps, initial=step, disable=not progress, unit="step") as bar:
-        first_step = first_scene = 0
-        for phase, steps in plan.phases:
-            done = min(steps, max(0, step - first_step))
-            batches = SceneBatches(
-                sprites,
-                phase,
-                plan.seed,
-                # Scene indices go on from phase to phase: none is seen twice.
-                first=first_scene + done * phase.batch,
-                count=steps - done,
+        for images, tokens in DataLoader(batches, batch_size=None, num_workers=workers):
+            loss, accuracy = _update(
+                model, optimizers, images.to(device), tokens.to(device), plan, step
             )
-            # Scenes on a GPU are made by this process, which holds it.
-            workers = plan.workers if sprites.device.type == "cpu" else 0
-            for images, tokens in DataLoader(batches, batch_size=None, num_workers=workers):
-                loss, accuracy = _update(
-                    model, optimizer, images.to(device), tokens.to(device), plan, step
-                )
-                step += 1
-                bar.update()
-                if step % 25 == 0:
-                    _log(out, step, loss, accuracy, plan.rate(step))
-                    bar.set_postfix(loss=f"{loss:.3f}", matched=f"{accuracy:.0%}")
-                if step % plan.save_every == 0 or step == plan.steps:
-                    _save(out, model, optimizer, step)
-            first_step += steps
-            first_scene += steps * phase.batch
+            step += 1
+            bar.update()
+            if step % 25 == 0:
+                _log(out, step, loss, accuracy, plan, plan.view(step - 1))
+                bar.set_postfix(loss=f"{loss:.3f}", matched=f"{accuracy:.0%}")
+            if step % plan.save_every == 0 or step == plan.steps:
+                _save(out, model, optimizers, step)
     return export(model, out)
 
 
 def _update(
-    model: CLIP,
-    optimizer: torch.optim.Optimizer,
-    images: Tensor,
-    tokens: Tensor,
-    plan: Plan,
-    step: int,
+    model: CLIP, optimizers: Optimizers, images: Tensor, tokens: Tensor, plan: Plan, step: int
 ) -> tuple[float, float]:
-    for group in optimizer.param_groups:
-        group["lr"] = plan.rate(step)
-    placement = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
-    # For so few tokens plain products are several times faster than the fused attention's.
-    with (
-        sdpa_kernel(SDPBackend.MATH),
-        torch.autocast(images.device.type, dtype=torch.bfloat16),
-    ):
-        image_features = encode_scene(model, normalise(images), placement)
-        text_features = encode_captions(model, tokens)
-    loss = contrastive_loss(image_features, text_features, plan.temperature(step))
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    with torch.no_grad():
-        best = (image_features.float() @ text_features.float().T).argmax(dim=1)
-        accuracy = (best == torch.arange(len(best), device=best.device)).float().mean()
+    view = plan.view(step)
+    images = normalise(images)
+    text_features = None
+    for part in range(view.parts):
+        placement = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
+        # For so few tokens plain products are several times faster than the fused attention's.
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            torch.autocast(images.device.type, dtype=torch.bfloat16),
+        ):
+            image_features = encode_scene(model, images, placement, part, view.parts)
+            if text_features is None or not plan.freeze_text:
+                text_features = encode_captions(model, tokens)
+        loss, accuracy = contrastive_loss(
+            image_features, text_features, plan.temperature(step), view.groups
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizers.step(plan.rate(step))
     return float(loss.detach()), float(accuracy)
 
 
-def _log(out: Path, step: int, loss: float, accuracy: float, rate: float) -> None:
+def _log(out: Path, step: int, loss: float, accuracy: float, plan: Plan, view: View) -> None:
     file = out / "curve.csv"
     new = not file.exists()
     with file.open("a", newline="") as stream:
         writer = csv.writer(stream)
         if new:
-            writer.writerow(["step", "unix_time", "loss", "batch_accuracy", "learning_rate"])
-        writer.writerow([step, int(time.time()), f"{loss:.4f}", f"{accuracy:.4f}", f"{rate:.2e}"])
+            header = ["step", "unix_time", "size", "loss", "batch_accuracy", "learning_rate"]
+            writer.writerow(header)
+        rate = f"{plan.rate(step):.2e}"
+        writer.writerow([step, int(time.time()), view.size, f"{loss:.4f}", f"{accuracy:.4f}", rate])
 
 
-def _save(out: Path, model: CLIP, optimizer: torch.optim.Optimizer, step: int) -> None:
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+def _save(out: Path, model: CLIP, optimizers: Optimizers, step: int) -> None:
+    state = {"model": model.state_dict(), "optimizers": optimizers.state_dict(), "step": step}
     temporary = out / f"{_CHECKPOINT}.part"
     torch.save(state, temporary)
     temporary.replace(out / _CHECKPOINT)
@@ -324,9 +404,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pictographs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--crop-steps", type=int, default=plan.crop_steps)
-    parser.add_argument("--small-steps", type=int, default=plan.small_steps)
-    parser.add_argument("--full-steps", type=int, default=plan.full_steps)
+    parser.add_argument("--steps", type=int, default=plan.steps)
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs=len(VIEWS),
+        default=plan.shares,
+        help=f"of the steps for pictures of {', '.join(str(v.size) for v in VIEWS)} pixels",
+    )
+    parser.add_argument(
+        "--whole", type=float, default=plan.whole, help="share of the steps with all patches"
+    )
+    parser.add_argument(
+        "--decay", type=float, default=plan.decay, help="share of the steps whose rate falls"
+    )
+    parser.add_argument("--styles", nargs="+", default=TRAIN_STYLES, help="of the pictographs")
     parser.add_argument("--learning-rate", type=float, default=plan.learning_rate)
     parser.add_argument("--seed", type=int, default=plan.seed)
     parser.add_argument(
@@ -337,9 +429,10 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     plan = Plan(
-        crop_steps=arguments.crop_steps,
-        small_steps=arguments.small_steps,
-        full_steps=arguments.full_steps,
+        steps=arguments.steps,
+        shares=tuple(arguments.shares),
+        whole=arguments.whole,
+        decay=arguments.decay,
         learning_rate=arguments.learning_rate,
         first_temperature=_LAST_TEMPERATURE if arguments.start else plan.first_temperature,
         freeze_text=arguments.freeze_text,
@@ -347,7 +440,7 @@ def main() -> None:
         workers=arguments.workers,
     )
     device = torch.device(arguments.device)
-    sprites = Sprites(arguments.pictographs, TRAIN_STYLES, device)
+    sprites = Sprites(arguments.pictographs, arguments.styles, device)
     print(train(sprites, arguments.out, plan, device, start=arguments.start))
 
 

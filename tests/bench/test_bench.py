@@ -678,7 +678,7 @@ def test_a_session_runs_the_tests_of_kernels_ops_graphs_and_compilation():
     assert all((ROOT / file).exists() for file in files)
     assert not [file for file in files if "tests/bench" in file]
     commands = runner.session()
-    assert commands[0] == f"python -m pytest {' '.join(files)}"
+    assert commands[0] == f"python -m pytest -n 0 {' '.join(files)}"
     assert [command for command in commands if "--only" in command] == [
         "python -m bench gpu --only op,step,memory,numerics",
         "python -m bench gpu --only host,picture",

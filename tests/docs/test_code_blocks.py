@@ -121,8 +121,8 @@ def check_readme(scope, folder, printed):
 
 
 def check_segmenting(scope, folder, printed):
-    assert scope["result"].class_names == ["ladybug", "newspaper", "clock", "crown", "stone"]
-    assert (folder / "results" / "stones.json").exists()
+    assert scope["result"].class_names == ["dog", "frog", "bicycle", "key", "sky", "sand"]
+    assert (folder / "results" / "beach.json").exists()
     assert scope["without"].config is None
     assert scope["sharper"].config.beta == 4.5
     assert scope["sclip"].loaded.name == "ViT-B-16"

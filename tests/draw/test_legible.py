@@ -13,7 +13,7 @@ from fsa.draw.colours import colours_of_classes, palette
 from fsa.draw.figures import overlay, paint
 from fsa.errors import FSAWarning
 from fsa.pictures.reading import Picture
-from fsa.segment.result import Segmentation
+from tests.support.results import made_result
 
 torch = pytest.importorskip("torch")
 
@@ -60,13 +60,7 @@ def test_overlay_legend_and_label_picture_share_their_colours():
     labels[:, 30:] = 19
     rgb = np.full((60, 80, 3), 128, np.uint8)
     names = [f"class {i}" for i in range(20)]
-    result = Segmentation(
-        labels,
-        np.zeros((20, 6, 8)),
-        names,
-        {},
-        Picture(torch.from_numpy(rgb).permute(2, 0, 1), "x"),
-    )
+    result = made_result(labels, names, Picture(torch.from_numpy(rgb).permute(2, 0, 1), "x"))
     image = result.label_image().convert("RGB")
     assert image.getpixel((70, 30)) == tuple(palette(1)[0].tolist())
     drawn = np.asarray(overlay(rgb, labels, names))

@@ -17,9 +17,10 @@ from torch.nn import functional
 
 import fsa
 from fsa import FSAConfig, InputError
-from fsa.evaluation import batching, datasets, loading, protocol, runner, state
+from fsa.evaluation import datasets, loading, protocol, runner, state
 from fsa.evaluation.metrics import ConfusionMatrix, confusion, mean_iou
 from fsa.pictures.reading import read_image
+from fsa.segment import batching
 from tests.support.evaluation_data import counts, folder, write_mask, write_picture
 
 ROOT = Path(__file__).parents[2]
@@ -134,9 +135,8 @@ def test_the_labels_are_those_of_the_published_loop(segmentor, preset, tmp_path,
                 y, x = min(24 * i, h - 48), min(24 * j, w - 48)
                 crop = small[None, :, y : y + 48, x : x + 48]
                 with torch.inference_mode():
-                    total[:, y : y + 48, x : x + 48] += next(
-                        segmentor.window_cosines(crop, queries)
-                    )
+                    (maps,) = segmentor.window_cosines(crop, queries)
+                    total[:, y : y + 48, x : x + 48] += maps.whole()
                 times[y : y + 48, x : x + 48] += 1
         maps = functional.interpolate((total / times)[None], size=size, mode="bilinear")[0]
         chances = (maps * 40).softmax(0)

@@ -114,6 +114,43 @@ def test_a_host_with_feedback_is_the_definition_written_with_matrices(name, pair
     assert relative_error(host.features(images, text, config=CONFIG), tail(adapted)) < 1e-11
 
 
+@pytest.mark.parametrize("adaptations", [FSAConfig().adaptations, ("before",), ("only",)])
+def test_sclip_with_matched_mass_is_the_definition_written_with_matrices(adaptations):
+    visual = random_tower().double()
+    images, text, _ = random_inputs(B=2, dtype=torch.float64)
+    config = FSAConfig(adaptations=adaptations)
+    tower, tokens, matrix, value = last_attention(visual, images, ("qq", "kk"))
+
+    def tail(heads):
+        branch = tower.attention_branch(heads[:, :, 1:])
+        return tower.embed(tower.residual_branches(tokens[:, 1:], branch))
+
+    def logits(features, scale):
+        return scale * functional.normalize(features, dim=-1) @ text.T
+
+    initial = tail(matrix @ value)
+    uniform = tail(torch.full_like(matrix, 1 / matrix.shape[-1]) @ value)
+    whole = torch.zeros_like(matrix)
+    whole[:, :, 0, 0] = 1
+    feedback = reference.feedback_attention(logits(initial, 20), logits(uniform, 35))
+    whole[:, :, 1:, 1:] = feedback[:, None]
+    terms = {"after": whole @ matrix, "before": matrix @ whole, "only": 2 * whole}
+    adapted = sum(terms[name] for name in adaptations) / len(adaptations) @ value
+
+    host = hosts.build("sclip", visual, match_mass=True)
+    assert relative_error(host.features(images, text), initial) < 1e-12
+    features = host.features(images, text, config=config)
+    assert relative_error(features, tail(adapted)) < 1e-11
+    as_published = hosts.build("sclip", visual).features(images, text, config=config)
+    same = "only" not in adaptations
+    assert (relative_error(as_published, features) < 1e-11) == same
+
+
+def test_matching_the_mass_is_yes_or_no():
+    with pytest.raises(InputError, match="match_mass"):
+        hosts.build("sclip", random_tower(), match_mass="yes")
+
+
 def with_feedback_by_matrices(tower, tokens, matrix, value, text, config=CONFIG):
     """Features with feedback of a host without residual, A and V written out, (B,N,E).
 

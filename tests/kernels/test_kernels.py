@@ -10,6 +10,7 @@ import torch
 import fsa
 import fsa_kernels
 from fsa import FSAConfig, hosts, reference
+from fsa.ops.library import op_options
 from tests.support.accuracy import (
     RELATIVE_ERROR,
     relative_error,
@@ -66,7 +67,7 @@ def test_patches_that_the_centre_is_taken_from_may_be_broken(broken):
     given = logits.float().clone()
     given[0, broken, 1] = math.nan
     feedback = fsa_kernels.feedback_attention(
-        given.to(DEVICE), None, dtype=torch.float32, beta=3.0, confidence=0.45
+        given.to(DEVICE), None, options=op_options(FSAConfig()), dtype=torch.float32
     ).cpu()
     left = [patch for patch in range(30) if patch not in broken]
     without = reference.feedback_attention(logits[:, left])
@@ -127,10 +128,8 @@ def select_rows(similarities, config, *, dtype=torch.float32):
     rows, N = similarities.shape
     S = torch.full((1, rows, launch.padded_row(N)), -math.inf)
     S[0, :, :N] = similarities
-    names = ("beta", "scaling", "pruning", "confidence", "ratio", "threshold")
-    options = {name: getattr(config, name) for name in names}
     h = torch.zeros(1, N, device=DEVICE)
-    return select.select(S.to(DEVICE), h, 0, dtype, **options)[0].cpu()
+    return select.select(S.to(DEVICE), h, 0, op_options(config), dtype)[0].cpu()
 
 
 def similarities_of(logits, uniform, every=1):
@@ -233,10 +232,10 @@ def test_blocks_of_rows_applied_are_the_whole_applied(dtype, long_rows, monkeypa
     logits, uniform = (tensor.float() for tensor in segment_logits(N, 9, B=2))
     logits[1, 0, 3] = math.nan
     columns = torch.randn(2, N, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
-    options = {"beta": 3.0, "confidence": 0.45}
+    options = fsa_kernels.Options(beta=3.0, confidence=0.45)
     inputs = [tensor.to(DEVICE) for tensor in (logits, uniform)]
-    applied = fsa_kernels.apply_feedback(*inputs, None, columns.to(DEVICE), **options)
-    whole = fsa_kernels.feedback_attention(*inputs, dtype=dtype, **options)
+    applied = fsa_kernels.apply_feedback(*inputs, None, columns.to(DEVICE), options=options)
+    whole = fsa_kernels.feedback_attention(*inputs, options=options, dtype=dtype)
     assert applied.dtype == dtype
     assert applied[1, 0].isnan().all()
     expected = (whole.double() @ columns.to(DEVICE).double()).cpu()
@@ -254,54 +253,24 @@ def test_four_bytes_an_entry_are_kept(dtype):
     assert feedback.untyped_storage().nbytes() == 4 * 2 * N * N
 
 
-TERMS = [
-    ("after", "before", "only"),
-    ("after", "before"),
-    ("before", "only"),
-    ("after", "only"),
-    ("after",),
-    ("before",),
-    ("only",),
-]
-
-
-@pytest.mark.parametrize("stored", [True, False], ids=["stored", "streamed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_proxy_gathers_and_adds_what_a_step_takes(dtype, stored, monkeypatch):
+def test_blocks_of_the_affinity_give_what_the_stored_matrix_gives(dtype, monkeypatch):
     from fsa_kernels import proxy
 
     monkeypatch.setattr(proxy, "_BLOCK_BYTES", 0)
     monkeypatch.setattr(proxy, "_BLOCK_ROWS", 16)
     generator = torch.Generator().manual_seed(0)
-    features = (torch.randn(2, 33, 12, generator=generator) + 0.5).to(dtype)
-    value, add = (torch.randn(2, 33, 20, generator=generator).to(dtype) for _ in range(2))
-    attended = reference.proxy_attention(features.double(), value.double())
-    plain = reference.proxy_attention(features, value)
-    allowed = max(RELATIVE_ERROR[dtype], 2 * relative_error(plain, attended))
-    state = fsa_kernels.proxy_prepare(features.to(DEVICE), shift=1.2, gain=3.0, stored=stored)
-    given = value.to(DEVICE)
-    added = fsa_kernels.proxy_apply(state, given, gain=3.0, add=add.to(DEVICE)).cpu()
-    assert relative_error(added, attended + add.double()) < allowed
-    for terms in TERMS:
-        gathered, columns = fsa_kernels.proxy_gather(
-            state,
-            given,
-            gain=3.0,
-            scale=0.5,
-            **{name: name in terms for name in ("after", "before", "only")},
-        )
-        assert relative_error(gathered[:, :-1].cpu(), attended) < allowed
-        mean = value.double().mean(dim=1)
-        assert relative_error(gathered[:, -1].cpu(), mean) < RELATIVE_ERROR[dtype]
-        sides = [
-            sum(side)
-            for side in (
-                [attended] * ("after" in terms) + [value.double()] * ("only" in terms),
-                [value.double()] * ("before" in terms),
-            )
-            if side
-        ]
-        assert relative_error(columns.cpu(), 0.5 * torch.cat(sides, dim=-1)) < allowed
+    # Three blocks of rows; the last holds one patch, and the uniform row.
+    features = (torch.randn(2, 33, 12, generator=generator) + 0.5).to(DEVICE, dtype)
+    value, add = (torch.randn(2, 33, 20, generator=generator).to(DEVICE, dtype) for _ in range(2))
+
+    def results(stored):
+        state = fsa_kernels.proxy_prepare(features, shift=1.2, gain=3.0, stored=stored)
+        added = fsa_kernels.proxy_apply(state, value, gain=3.0, add=add)
+        return added, *fsa_kernels.proxy_gather(state, value, fsa_kernels.Adaptations(), gain=3.0)
+
+    for streamed, stored in zip(results(False), results(True), strict=True):
+        assert relative_error(streamed, stored) < RELATIVE_ERROR[dtype]
 
 
 @pytest.mark.parametrize("name", hosts.names())

@@ -45,11 +45,11 @@ def record(*, key, repr, **_):
 
 knobs.runtime.jit_cache_hook = record
 import fsa_kernels
+from fsa_kernels import Adaptations, Options
 from fsa_kernels.warmup import warmup
 
 half, single = torch.float16, torch.float32
-options = {"beta": 2.3, "confidence": 0.3}
-terms = {"after": True, "before": True, "only": True}
+options = Options(beta=2.3, confidence=0.3, logit_scale=20)
 
 def new(before):
     return sorted(name for name, _ in compiled - before)
@@ -63,17 +63,17 @@ sizes = [(1, 196, 21), (1, 1764, 171), (3, 784, 19), (5, 441, 59), (1, 900, 160)
 for B, N, C in sizes:
     logits = torch.zeros((B, N, C), dtype=half)
     for uniform in (torch.zeros((B, 1, C), dtype=half), torch.zeros((B, N, C), dtype=half), None):
-        fsa_kernels.feedback_attention(logits, uniform, dtype=half, **options)
+        fsa_kernels.feedback_attention(logits, uniform, options=options, dtype=half)
     tokens = torch.zeros((B, N + 1, 512), dtype=half)
     for texts in (torch.zeros((C, 512)), torch.zeros((C, 512), dtype=half)):
         for uniform in (torch.zeros((B, 1, 512), dtype=half), tokens[:, 1:], None):
             fsa_kernels.feedback_attention(
-                tokens[:, 1:], uniform, texts, dtype=half, logit_scale=20, **options
+                tokens[:, 1:], uniform, texts, options=options, dtype=half
             )
     qkv = torch.zeros((B, N + 1, 3, 12, 64), dtype=half)
     value = qkv[:, :, 2].transpose(1, 2)
     attended = torch.zeros((B, N, 12, 64), dtype=half).transpose(1, 2)
-    fsa_kernels.gather(value, attended, scale=1 / 3, **terms)
+    fsa_kernels.gather(value, attended, Adaptations())
     for features in (
         torch.zeros((B, N, 768), dtype=half),
         torch.zeros((B, 768, N), dtype=half).transpose(1, 2),
@@ -81,7 +81,7 @@ for B, N, C in sizes:
         state = fsa_kernels.proxy_prepare(features, shift=1.2, gain=3.0, stored=True)
     values = torch.zeros((B, N, 768), dtype=half)
     for given in (values, values.mT.contiguous().mT):
-        _, columns = fsa_kernels.proxy_gather(state, given, gain=3.0, scale=1 / 3, **terms)
+        _, columns = fsa_kernels.proxy_gather(state, given, Adaptations(), gain=3.0)
     fsa_kernels.proxy_apply(state, columns[..., 768:], gain=3.0, add=columns[..., :768])
 assert not new(before), new(before)
 """
@@ -89,7 +89,7 @@ assert not new(before), new(before)
 SECOND_CALL = """
 def call(B, N, C):
     logits = torch.zeros((B, N, C), dtype=half)
-    fsa_kernels.feedback_attention(logits, logits[:, :1], dtype=half, **options)
+    fsa_kernels.feedback_attention(logits, logits[:, :1], options=options, dtype=half)
     return len(compiled)
 
 # Other sizes of the same bucket: odd numbers of classes, then pictures of other sizes.

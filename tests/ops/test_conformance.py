@@ -20,6 +20,8 @@ from torch.nn import functional
 
 import fsa
 from fsa import FSAConfig, InputError, reference
+from fsa.ops.library import op_options
+from fsa_kernels import Adaptations
 from tests.support.accuracy import (
     CERTAIN_SIMILARITY_MARGIN,
     OP_VECTORS,
@@ -31,7 +33,7 @@ from tests.support.accuracy import (
     segment_logits,
     vector,
 )
-from tests.support.backends import BACKENDS, ON_GPU, Backend, options_of
+from tests.support.backends import BACKENDS, ON_GPU, Backend
 from tests.support.forms import FORMS, form_id
 from tests.support.poison import poisoned_allocations
 
@@ -578,9 +580,9 @@ def test_applied_feedback_is_feedback_times_the_columns(backend, dtype):
     logits[1, 0, 3] = math.nan
     columns = torch.randn(2, N, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
     inputs = [backend.put(tensor) for tensor in (logits, uniform)]
-    options = options_of(FSAConfig())
-    applied = backend.module.apply_feedback(*inputs, None, backend.put(columns), **options)
-    whole = backend.module.feedback_attention(*inputs, dtype=dtype, **options)
+    options = op_options(FSAConfig())
+    applied = backend.module.apply_feedback(*inputs, None, backend.put(columns), options=options)
+    whole = backend.module.feedback_attention(*inputs, options=options, dtype=dtype)
     assert applied.dtype == dtype
     assert applied[1, 0].isnan().all()
     expected = (whole.double() @ backend.put(columns).double()).cpu()
@@ -619,7 +621,8 @@ def logits_of(
     return [None if c is None else scale * c for c, scale in zip(cosines, scales, strict=True)]
 
 
-FEATURE_SIZES = [(1, 1, 3), (33, 21, 70), (20, 70, 128)]
+# The last one has more classes than registers hold.
+FEATURE_SIZES = [(1, 1, 3), (33, 21, 70), (20, 70, 128), (5, 300, 40)]
 UNIFORM_ROWS = ["none", "one", "each"]
 
 
@@ -684,10 +687,8 @@ def test_a_broken_feature_gives_a_row_of_nan_and_no_other_row_keeps_it(backend, 
     spoilt[0, 0, 3] = math.nan
     feedback = backend.module.feedback_attention(
         *(backend.put(tensor) for tensor in (features, uniform, texts)),
+        options=op_options(FSAConfig()),
         dtype=torch.float32,
-        **options_of(FSAConfig()),
-        logit_scale=20.0,
-        uniform_logit_scale=35.0,
     ).cpu()
     assert feedback[0, 0].isnan().all()
     assert (feedback[0, 1:, 0] == 0).all()
@@ -779,17 +780,17 @@ TERMS = [
 ]
 
 
-def flags(terms: tuple[str, ...]) -> dict[str, bool]:
-    return {name: name in terms for name in ("after", "before", "only")}
+def adaptations_of(terms: tuple[str, ...]) -> Adaptations:
+    return Adaptations(**{name: name in terms for name in ("after", "before", "only")})
 
 
 def columns_of(attended: Tensor, value: Tensor, terms: tuple[str, ...]) -> Tensor:
-    """(B,N,K): what A_f is multiplied with, the "after" and "only" terms first."""
+    """(B,N,K): what A_f is multiplied with, the "after" and "only" terms first, for their mean."""
     sides = [
         [attended] * ("after" in terms) + [value] * ("only" in terms),
         [value] * ("before" in terms),
     ]
-    return torch.cat([sum(side) for side in sides if side], dim=-1)
+    return torch.cat([sum(side) for side in sides if side], dim=-1) / len(terms)
 
 
 HEAD_SIZES = [(21, 20, 5), (1, 1, 16), (40, 33, 40)]
@@ -828,10 +829,10 @@ def test_heads_are_gathered_as_a_step_takes_them(backend, size, terms, dtype):
     side_by_side = value.flatten(2).double(), attended.transpose(1, 2).flatten(2).double()
     mean = side_by_side[0].mean(dim=1, keepdim=True)
     exact = torch.cat([side_by_side[1], mean], dim=1)
-    columns = 0.5 * columns_of(side_by_side[1], side_by_side[0][:, -N:], terms)
+    columns = columns_of(side_by_side[1], side_by_side[0][:, -N:], terms)
     heads = backend.put(value).transpose(1, 2)
     for given in (heads, heads.contiguous()):
-        result = backend.module.gather(given, backend.put(attended), scale=0.5, **flags(terms))
+        result = backend.module.gather(given, backend.put(attended), adaptations_of(terms))
         assert all(tensor.dtype == dtype for tensor in result)
         assert relative_error(result[0].cpu(), exact) < RELATIVE_ERROR[dtype]
         assert relative_error(result[1].cpu(), columns) < RELATIVE_ERROR[dtype]
@@ -852,12 +853,12 @@ def test_the_proxy_gathers_and_adds_what_a_step_takes(backend, dtype):
     assert relative_error(added, attended + add.double()) < allowed
     for terms in TERMS:
         gathered, columns = backend.module.proxy_gather(
-            state, given, gain=3.0, scale=0.5, **flags(terms)
+            state, given, adaptations_of(terms), gain=3.0
         )
         assert relative_error(gathered[:, :-1].cpu(), attended) < allowed
         mean = value.double().mean(dim=1)
         assert relative_error(gathered[:, -1].cpu(), mean) < RELATIVE_ERROR[dtype]
-        expected = 0.5 * columns_of(attended, value.double(), terms)
+        expected = columns_of(attended, value.double(), terms)
         assert relative_error(columns.cpu(), expected) < allowed
 
 
@@ -905,18 +906,18 @@ OP_INPUTS = {
     },
     "adapt": {
         "": [
-            (VALUE, FEEDBACK, ATTENTION, None, "after,before,only"),
-            (VALUE, FEEDBACK, ATTENTION[:, 0], VALUE, "before,only"),
-            (VALUE.half(), FEEDBACK.half(), ATTENTION.half(), None, "after"),
-            (VALUE[..., ::2], FEEDBACK.mT, ATTENTION.mT, None, "only"),
+            (VALUE, FEEDBACK, ATTENTION, None, True, True, True),
+            (VALUE, FEEDBACK, ATTENTION[:, 0], VALUE, False, True, True),
+            (VALUE.half(), FEEDBACK.half(), ATTENTION.half(), None, True, False, False),
+            (VALUE[..., ::2], FEEDBACK.mT, ATTENTION.mT, None, False, False, True),
         ],
     },
     "gather": {
         "torch": [
-            (VALUE, VALUE[:, :, 2:], True, True, True, 1 / 3),
-            (VALUE.half(), VALUE[..., 1:, :].half(), False, True, False, 1.0),
+            (VALUE, VALUE[:, :, 2:], True, True, True),
+            (VALUE.half(), VALUE[..., 1:, :].half(), False, True, False),
         ],
-        "triton": [(VALUE, VALUE[:, :, 1:], True, False, True, 0.5)],
+        "triton": [(VALUE, VALUE[:, :, 1:], True, False, True)],
     },
     "proxy_prepare": {
         "torch": [
@@ -935,10 +936,10 @@ OP_INPUTS = {
     },
     "proxy_gather": {
         "torch": [
-            ((LOGITS, 1.2, 3.0, False), LOGITS, 3.0, True, True, True, 1 / 3),
-            ((LOGITS, 1.2, 3.0, False), LOGITS[..., :3].half(), 3.0, False, True, False, 1.0),
+            ((LOGITS, 1.2, 3.0, False), LOGITS, 3.0, True, True, True),
+            ((LOGITS, 1.2, 3.0, False), LOGITS[..., :3].half(), 3.0, False, True, False),
         ],
-        "triton": [((LOGITS, 1.2, 3.0, True), LOGITS, 3.0, True, False, True, 0.5)],
+        "triton": [((LOGITS, 1.2, 3.0, True), LOGITS, 3.0, True, False, True)],
     },
 }
 

@@ -17,6 +17,7 @@ import fsa
 import fsa_kernels
 from fsa import FSAConfig, reference
 from fsa.ops import torch_backend
+from fsa.ops.library import op_options
 from tests.support.accuracy import (
     CERTAIN_SIMILARITY_MARGIN as SIMILARITY_MARGIN,
 )
@@ -243,9 +244,8 @@ def test_equal_similarities_are_kept_lowest_index_first(data, N, dtype, config, 
         st.lists(st.sampled_from([0.05, 0.3, 0.5, 0.9, 1.0]), min_size=N, max_size=N)
     )
     S = torch.tensor(values, dtype=dtype)[None]
-    options = (config.pruning, config.confidence, config.ratio, config.threshold)
     assume(clear_but_for_equals(S.double(), config))
-    kept = ~torch_backend._dropped(S.clone(), *options).expand_as(S)
+    kept = ~torch_backend._dropped(S.clone(), op_options(config)).expand_as(S)
     assert torch.equal(kept, reference.kept_patches(S.double(), config))
 
 

@@ -24,7 +24,7 @@ from fsa.models import guides as vfm
 from fsa.models.loading import load_model
 from fsa.models.tower import Tower
 from fsa.pictures.reading import Picture, list_pictures, read_image
-from fsa.segment.result import Segmentation
+from tests.support.results import made_result
 from tests.support.towers import SMALL_CLIP
 
 
@@ -280,7 +280,7 @@ def test_files_of_other_things_than_tensors_are_refused(content, load_either, tm
 def result():
     labels = np.zeros((4, 5), np.int32)
     picture = Picture(torch.zeros(3, 4, 5, dtype=torch.uint8), "picture")
-    return Segmentation(labels, lambda: torch.ones(1, 4, 5), ["cat"], {}, picture)
+    return made_result(labels, ["cat"], picture)
 
 
 @pytest.mark.parametrize(

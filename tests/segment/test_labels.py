@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fsa
 from fsa.errors import NotFiniteError
 from fsa.models.text import TextQueries
+from fsa.pictures.resizing import upsampled_rows
 from fsa.segment import labels
 from fsa.segment.labels import class_probabilities, label_map, require_finite
 
@@ -38,7 +39,7 @@ def cosines_of(count, height, width, seed=0):
 @pytest.mark.parametrize("scale", [10.0, 40.0, 1000.0])
 def test_labels_without_a_softmax_are_those_with_it(index, size, scale, monkeypatch):
     queries, cosines = queries_of(index), cosines_of(9, 13, 17)
-    maps = labels._upsampled_rows(cosines.double(), size, slice(0, size[0]))
+    maps = upsampled_rows(cosines.double(), size, slice(0, size[0]))
     best, second = class_probabilities(maps, queries, scale).topk(2, dim=0).values
     expected = class_probabilities(maps, queries, scale).argmax(dim=0)
     found = label_map(cosines, queries, size, 0.0, None, scale=scale)
@@ -117,7 +118,7 @@ def test_scores_are_computed_when_they_are_asked_for(monkeypatch):
         calls.append(arguments)
         return class_probabilities(*arguments)
 
-    monkeypatch.setattr("fsa.segment.segmentor.class_probabilities", counting)
+    monkeypatch.setattr("fsa.segment.probabilities.class_probabilities", counting)
     segmentor = fsa.load_segmentor(device="cpu")
     picture = np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8)
     result = segmentor.segment(picture, [["cat", "hound"], "dog"], short_side=48, window=48)

@@ -17,7 +17,8 @@ import fsa
 from fsa import FSAConfig, InputError, hosts, tiny
 from fsa.evaluation.metrics import confusion, mean_iou
 from fsa.models.guides import load_vfm
-from fsa.segment import labels, segmentor
+from fsa.pictures.resizing import upsampled_rows
+from fsa.segment import segmentor
 
 SMALL = {"short_side": 64, "window": 48, "stride": 24}
 CLASSES = ["cat", ["dog", "hound"], "grass"]
@@ -185,7 +186,7 @@ def test_strips_of_rows_are_one_resize(clearclip, picture, monkeypatch):
         expected = functional.interpolate(maps[None], size=size, mode="bilinear")[0]
         for rows in (1, 3):
             strips = [
-                labels._upsampled_rows(maps, size, slice(top, min(top + rows, size[0])))
+                upsampled_rows(maps, size, slice(top, min(top + rows, size[0])))
                 for top in range(0, size[0], rows)
             ]
             torch.testing.assert_close(torch.cat(strips, dim=1), expected, rtol=1e-5, atol=1e-5)
@@ -348,7 +349,7 @@ def test_a_result_is_saved_whole(clearclip, picture, tmp_path):
 def test_many_classes_are_saved_with_16_bits(clearclip, picture, tmp_path):
     result = clearclip.segment(picture, CLASSES, **SMALL)
     names = [f"class {i}" for i in range(300)]
-    many = dataclasses.replace(result, labels=result.labels + 290, class_names=names)
+    many = dataclasses.replace(result, label_tensor=result.label_tensor + 290, class_names=names)
     with Image.open(many.save(tmp_path)["labels"]) as labels:
         assert np.array_equal(np.asarray(labels), many.labels)
 

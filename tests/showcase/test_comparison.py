@@ -13,7 +13,7 @@ from fsa.errors import InputError
 from fsa.showcase import comparison
 
 SCENE = tiny.demo_scenes()[0]
-CLASSES = ["sand", "snow", "cactus", "pear", "lizard"]
+CLASSES = ["grass", "brick", "castle", "rocket", "mushroom"]
 SIZES = {"short_side": 160, "window": 96, "stride": 48}
 
 

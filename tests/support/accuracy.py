@@ -81,7 +81,7 @@ def exact_similarities(
         return reference.similarity(P, config)
     log = (P + PROBABILITY_FLOOR).log()
     unit = torch.nn.functional.normalize(P, dim=-1)
-    S = torch.empty((B, N, N), dtype=torch.float64)
+    S = torch.empty((B, N, N), dtype=torch.float64, device=P.device)
     step = max(1, _BLOCK_ENTRIES // (N * C))
     for b in range(B):
         for first in range(0, N, step):
@@ -148,8 +148,11 @@ def assert_conforms(
     """That A_f is the definition's for these logits, to `RELATIVE_ERROR` of its type."""
     N = logits.shape[1]
     assert feedback.shape == (len(logits), N, N)
-    S = exact_similarities(logits, uniform, config)
-    judged = judge(feedback, S, config, similarity_margin)
+    # On the GPU where there is one: N x N x C entries in float64 take a CPU minutes.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    uniform = None if uniform is None else uniform.to(device)
+    S = exact_similarities(logits.to(device), uniform, config)
+    judged = judge(feedback.to(device), S, config, similarity_margin)
     assert judged.unexplained == 0, judged
     assert judged.error < (RELATIVE_ERROR[feedback.dtype] if tolerance is None else tolerance), (
         judged

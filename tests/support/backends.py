@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,12 +13,10 @@ import fsa
 import fsa_kernels
 from fsa.config import FSAConfig
 from fsa.ops import torch_backend
+from fsa.ops.library import op_options
 
 ON_GPU = torch.cuda.is_available() and fsa_kernels.available()
 BACKENDS = ["torch", *(["triton"] if fsa_kernels.available() else [])]
-
-# Of a configuration, what a backend's own functions take.
-_OPTIONS = ("beta", "confidence", "similarity", "pruning", "ratio", "threshold", "scaling")
 
 
 @dataclass
@@ -83,9 +80,9 @@ class Backend:
 
     def unchecked_attention(self, logits: Tensor, config: FSAConfig | None = None) -> Tensor:
         """A_f in float32 of inputs that nobody looks at, as on a GPU; on the CPU."""
-        options = options_of(config or FSAConfig())
+        options = op_options(config or FSAConfig())
         feedback = self.module.feedback_attention(
-            self.put(logits), None, dtype=torch.float32, **options
+            self.put(logits), None, options=options, dtype=torch.float32
         )
         return feedback.cpu()
 
@@ -97,10 +94,6 @@ class Backend:
     def module(self) -> ModuleType:
         """The backend's own functions, whose inputs are trusted."""
         return fsa_kernels if self.name == "triton" else torch_backend
-
-
-def options_of(config: FSAConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in _OPTIONS}
 
 
 def _digest(*parts: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,7 +120,7 @@ def test_a_missing_pictograph_is_named(pictographs):
 def test_the_vocabulary_is_without_repeats():
     names = [name for entry in CLASSES for name in (*entry.names, *entry.unseen_synonyms)]
     assert len(names) == len(set(names))
-    assert len(OBJECTS) >= 150
+    assert len(OBJECTS) == 64
     assert len(TEXTURES) == 8
     assert all(len(entry.codepoint) in (4, 5) for entry in OBJECTS)
     assert all(entry.unseen_synonyms for entry in CLASSES)
@@ -165,18 +166,97 @@ def test_scenes_for_the_demo_and_the_guard_have_masks_of_their_own_classes(picto
             assert present < asked if folder == "guard" else present == asked
 
 
-SHORT = train.Plan(crop_steps=2, small_steps=1, full_steps=1, warmup=1, workers=0, save_every=1)
+def test_a_step_shows_what_its_seed_and_number_say():
+    plan = train.Plan(steps=1000, shares=(0.7, 0.3, 0, 0), whole=0.2)
+    views = [plan.view(step) for step in range(plan.steps)]
+    assert views == [plan.view(step) for step in range(plan.steps)]
+    assert 0.6 < sum(view.size == train.CROP.size for view in views) / plan.steps < 0.8
+    assert {view.parts for view in views[:800]} == {train.CROP.parts, train.SMALL.parts}
+    assert {view.parts for view in views[800:]} == {1}
+    other = train.Plan(steps=1000, shares=plan.shares, whole=plan.whole, seed=1)
+    assert views != [other.view(step) for step in range(plan.steps)]
 
 
-def phase(size, batch, **changes):
-    settings = {"object_sizes": (20, 40), "fewest_objects": 1, "most_objects": 2, **changes}
-    return train.Phase(size=size, batch=batch, **settings)
+def test_the_rate_rises_stays_and_falls_to_nothing():
+    plan = train.Plan(steps=100, warmup=10, decay=0.5, learning_rate=2.0)
+    rates = [plan.rate(step) for step in range(101)]
+    assert rates[9:51] == [2.0] * 42
+    assert rates[0] == pytest.approx(0.2)
+    assert rates[75] == pytest.approx(1.0)
+    assert rates[100] == 0
 
 
+def test_a_scene_is_encoded_as_the_model_does():
+    model = tiny.load()
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (2, 3, 224, 224), generator=generator, dtype=torch.uint8)
+    images = train.normalise(pictures)
+    features = train.encode_scene(model, images, generator)
+    torch.testing.assert_close(features, model.encode_image(images, normalize=True))
+    # The mean over patches and no attention between them would not notice their places.
+    assert not torch.allclose(train.encode_scene(model, images.flip(3), generator), features)
+
+
+def test_a_part_of_a_scene_is_its_patches_at_their_places():
+    """Patches that are not in a part can be anything."""
+    model, parts, side = tiny.load(), 3, 224
+    images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+    def encoded(pictures, part):
+        return train.encode_scene(model, pictures, placement(), part, parts)
+
+    def placement():
+        return torch.Generator().manual_seed(1)
+
+    generator = placement()
+    for _ in range(2):  # The place on the grid is drawn first.
+        torch.randint(1, (), generator=generator)
+    dealt = train.deal(196, 2, generator, parts)
+    for row in range(2):
+        places = torch.cat([part[row] for part in dealt])
+        assert sorted(places.tolist()) == list(range(196))
+    others = images.clone()
+    for row, places in enumerate(dealt[1].tolist()):
+        for place in places:
+            y, x = 16 * (place // 14), 16 * (place % 14)
+            others[row, :, y : y + 16, x : x + 16] = 0
+    for part in (0, 2):
+        torch.testing.assert_close(encoded(others, part), encoded(images, part))
+    assert not torch.allclose(encoded(others, 1), encoded(images, 1), atol=0.01)
+
+
+def test_groups_of_a_batch_are_compared_with_themselves_only():
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(12, 5, generator=generator) for _ in range(2))
+    loss, matched = train.contrastive_loss(images, texts, 10.0, groups=3)
+    by_themselves = [
+        train.contrastive_loss(images[rows], texts[rows], 10.0)
+        for rows in torch.arange(12).split(4)
+    ]
+    losses, shares = zip(*by_themselves, strict=True)
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    torch.testing.assert_close(matched, torch.stack(shares).mean())
+    logits = 10 * images[:4] @ texts[:4].T
+    expected = -(logits.log_softmax(0).diag().mean() + logits.log_softmax(1).diag().mean()) / 2
+    torch.testing.assert_close(losses[0], expected)
+
+
+# Muon came with torch 2.9.
+trains = pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="training needs torch.optim.Muon, of torch 2.9"
+)
+SHORT = train.Plan(steps=4, shares=(0.5, 0.5), warmup=1, workers=0, save_every=1, whole=0.3)
+
+
+def view(size, **changes):
+    settings = {"object_sizes": (20, 40), "most_objects": 2, "groups": 1, **changes}
+    return train.View(size=size, **settings)
+
+
+@trains
 @pytest.mark.slow
 def test_training_goes_on_where_it_was_stopped(sprites, tmp_path, monkeypatch):
-    for name, size in (("CROP", 48), ("SMALL", 64), ("FULL", 80)):
-        monkeypatch.setattr(train, name, phase(size, batch=4, fewest_objects=0))
+    monkeypatch.setattr(train, "VIEWS", (view(48), view(64, parts=2)))
     cpu = torch.device("cpu")
     whole = train.train(sprites, tmp_path / "whole", SHORT, cpu, progress=False)
 
@@ -185,10 +265,10 @@ def test_training_goes_on_where_it_was_stopped(sprites, tmp_path, monkeypatch):
 
     update = train._update
 
-    def stopping(model, optimizer, images, tokens, plan, step):
+    def stopping(model, optimizers, images, tokens, plan, step):
         if step == 1:
             raise Stopped
-        return update(model, optimizer, images, tokens, plan, step)
+        return update(model, optimizers, images, tokens, plan, step)
 
     monkeypatch.setattr(train, "_update", stopping)
     with pytest.raises(Stopped):
@@ -197,17 +277,23 @@ def test_training_goes_on_where_it_was_stopped(sprites, tmp_path, monkeypatch):
     parts = train.train(sprites, tmp_path / "parts", SHORT, cpu, progress=False)
     from safetensors.torch import load_file
 
-    first, second = load_file(whole), load_file(parts)
+    none = train.train(sprites, tmp_path / "none", replace(SHORT, steps=0), cpu, progress=False)
+    before, first, second = (load_file(file) for file in (none, whole, parts))
     assert first.keys() == tiny.load().state_dict().keys()
-    for name, tensor in first.items():
-        torch.testing.assert_close(second[name], tensor, msg=name)
+    # Muon makes much of rounding where a gradient is near 0, so what is compared is the way that
+    # all weights went.
+    moved = sum(float((first[name] - before[name]).square().sum()) for name in first)
+    apart = sum(float((first[name] - second[name]).square().sum()) for name in first)
+    assert apart < 0.01 * moved
     assert whole.with_suffix(".sha256").read_text().endswith("tiny.safetensors\n")
 
 
+@trains
 @pytest.mark.slow
-def test_training_lowers_the_loss(sprites, tmp_path, monkeypatch):
-    crop = phase(64, batch=16, object_sizes=(40, 60), most_objects=1)
-    monkeypatch.setattr(train, "CROP", crop)
+@pytest.mark.parametrize("parts", [1, 2])
+def test_training_lowers_the_loss(sprites, tmp_path, monkeypatch, parts):
+    crop = view(64, object_sizes=(40, 60), most_objects=1, parts=parts)
+    monkeypatch.setattr(train, "VIEWS", (crop,))
     losses = []
     update = train._update
 
@@ -216,9 +302,7 @@ def test_training_lowers_the_loss(sprites, tmp_path, monkeypatch):
         return losses[-1], 0.0
 
     monkeypatch.setattr(train, "_update", recording)
-    plan = train.Plan(
-        crop_steps=24, small_steps=0, full_steps=0, warmup=4, workers=0, learning_rate=1e-3
-    )
+    plan = train.Plan(steps=24, shares=(1.0,), warmup=4, workers=0, learning_rate=1e-3)
     train.train(sprites, tmp_path, plan, torch.device("cpu"), progress=False)
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.2
 
