@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from bench import RESULTS, ROOT, environment
 from bench.__main__ import COMMANDS
-from bench.measure import memory, numerics, rehearsal, runner, timing
+from bench.measure import dtypes, memory, numerics, rehearsal, runner, timing
 from bench.measure.worker import DeviceLost, Worker, measure
 from bench.report import marks, paper, plots, results_data, tables
 from bench.rows import algebra, contenders, published, registry
@@ -764,6 +764,33 @@ def test_the_registry_covers_what_is_asked_for():
 def test_every_command_is_there(name):
     module = __import__(COMMANDS[name], fromlist=["main"])
     assert callable(module.main)
+
+
+def test_types_are_compared(monkeypatch, capsys):
+    monkeypatch.setattr(dtypes, "PATCHES", (32,))
+    monkeypatch.setattr(dtypes, "HOSTS", ("clearclip",))
+    pictures = list(dtypes.scenes())
+    assert len(pictures) == 18
+    monkeypatch.setattr(dtypes, "scenes", lambda: pictures[-1:])
+    assert dtypes.main(["dtypes", "--only", "step,labels", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    for dtype in ("float32", "bfloat16"):
+        for what in ("step ", "step without", "products"):
+            assert re.search(rf"  {dtype} {what} +\d+\.\d\n", printed)
+    shares = re.findall(r"clearclip, 1 scenes, (\w+) +([\d.]+)% +([\d.]+)%", printed)
+    assert [name for name, *_ in shares] == ["bfloat16", "float16"]
+    assert all(95 < float(share) <= 100 for _, *both in shares for share in both)
+
+
+def test_the_best_of_some_rounds_counts_without_the_first():
+    durations = iter([0.0, 0.03, 0.01])
+
+    def call():
+        until = time.process_time() + next(durations)
+        while time.process_time() < until:
+            pass
+
+    assert 10 <= dtypes.best({"it": call}, rounds=2)["it"] < 30
 
 
 # --------------------------------------------------------------------------------------------------
