@@ -27,13 +27,10 @@ def check_installed(kinds: Iterable[str]) -> None:
                 f"shapes={kind!r} is not accepted: it must be one of {', '.join(KINDS)}"
             )
         if find_spec(KINDS[kind]) is None:
-            raise InputError(_missing(kind, KINDS[kind]))
-
-
-def _missing(what: str, package: str) -> str:
-    return (
-        f"{what} are made by {package}, which is not installed: pip install 'fsa-kernels[shapes]'"
-    )
+            raise InputError(
+                f"shapes={kind!r} needs {KINDS[kind]}, which is not installed: "
+                "pip install 'fsa-kernels[shapes]'"
+            )
 
 
 def masks_of(result: Segmentation, kinds: Iterable[str]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from fsa.files import make_room_for_png, write_whole
 from fsa.segment.inspection import PatchAttentions
 from fsa.segment.result import Segmentation
 from fsa.segment.segmentor import Segmentor
-from fsa.showcase.demonstration import title
+from fsa.showcase.titles import title
 
 _PANEL_WIDTH = 360
 # Distinct for colour-blind readers; what covers less is seldom told apart by anyone.

@@ -14,24 +14,24 @@ from fsa.draw.colours import palette
 from fsa.draw.figures import Panel, paint, panel_grid
 from fsa.evaluation.metrics import confusion, mean_iou
 from fsa.files import make_room_for_png, write_whole
-from fsa.hosts import host_class
-from fsa.hosts import names as host_names
 from fsa.segment.segmentor import Segmentor, load_segmentor
+from fsa.showcase import comparison
+from fsa.showcase.titles import title
 from fsa.tiny.pictographs import UNSEEN_STYLE
 
 # To be read on a slide that is as wide as the figure.
 _PANEL_WIDTH, _TEXT_SIZE = 240, 22
-HOSTS = ("maskclip", "sclip", "clearclip", "proxyclip")
-
-
-def title(host: str) -> str:
-    """A host's name as its paper writes it, such as "MaskCLIP" for "maskclip"."""
-    name = host_class(host).__name__ if host in host_names() else host
-    return name if name.lower() == host else host
+# CLIP's own attention first, with the rest of its last block and without: feedback does most there.
+HOSTS = ("clip", "qk", "maskclip", "sclip", "clearclip", "proxyclip")
+# The scene and the host whose attention is shown.
+_ATTENTION_SCENE, _ATTENTION_HOST = 5, "qk"
 
 
 def run(out: Path) -> str:
     """Segments the shipped pictures, writes the PNG and returns the scores as a table.
+
+    Beside it goes NAME-attention.png, what a patch of one of them attends to before and after
+    feedback.
 
     Raises:
         InputError: the PNG cannot be written.
@@ -88,7 +88,11 @@ def run(out: Path) -> str:
         labels=[f"{n + 1}: {_style(scene)}" for n, scene in enumerate(scenes)],
     )
     write_whole(out, lambda stream: figure.save(stream, "PNG"))
-    return f"{_table(scores, len(scenes))}\nwrote {out}"
+    scene = scenes[min(_ATTENTION_SCENE, len(scenes)) - 1]
+    attention = out.with_name(f"{out.stem}-attention.png")
+    segmentor = base.with_host(_ATTENTION_HOST)
+    comparison.run(segmentor, scene.picture, [[name] for name in scene.classes], attention)
+    return f"{_table(scores, len(scenes))}\nwrote {out} and {attention}"
 
 
 def _style(scene: tiny.DemoScene) -> str:
@@ -111,12 +115,12 @@ def _read_mask(file: Path) -> np.ndarray:
 def _table(scores: dict[tuple[str, bool], list[tuple[float, float]]], pictures: int) -> str:
     lines = [
         f"mean over {pictures} pictures: mIoU in percent, seconds a picture",
-        f"{'host':<10} {'mIoU':>6} {'+ FSA':>6} {'gain':>6}   {'time':>6} {'+ FSA':>6}",
+        f"{'host':<14} {'mIoU':>6} {'+ FSA':>6} {'gain':>6}   {'time':>6} {'+ FSA':>6}",
     ]
     for host in HOSTS:
         baseline, adapted = (np.mean(scores[host, feedback], axis=0) for feedback in (False, True))
         lines.append(
-            f"{title(host):<10} {100 * baseline[0]:6.1f} {100 * adapted[0]:6.1f} "
+            f"{title(host):<14} {100 * baseline[0]:6.1f} {100 * adapted[0]:6.1f} "
             f"{100 * (adapted[0] - baseline[0]):+6.1f}   {baseline[1]:6.2f} {adapted[1]:6.2f}"
         )
     return "\n".join(lines)

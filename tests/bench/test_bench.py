@@ -671,18 +671,45 @@ def test_results_without_git_and_without_proc(monkeypatch):
     assert contenders.bytes_free(CPU) > 0
 
 
-def test_a_session_runs_the_tests_of_kernels_ops_graphs_and_compilation():
-    files = rehearsal.gpu_tests()
-    for name in ("kernels", "ops", "graphs", "compile"):
-        assert any(file.endswith(f"test_{name}.py") for file in files), name
-    assert all((ROOT / file).exists() for file in files)
-    assert not [file for file in files if "tests/bench" in file]
+def test_a_session_is_what_contributors_are_told():
     commands = runner.session()
-    assert commands[0] == f"python -m pytest -n 0 {' '.join(files)}"
-    assert [command for command in commands if "--only" in command] == [
+    assert commands == [
+        "python -m pytest -n 0 tests/kernels tests/ops tests/segment/test_graphs.py",
         "python -m bench gpu --only op,step,memory,numerics",
         "python -m bench gpu --only host,picture",
+        "python -m bench tables",
     ]
+    assert "\n".join(commands) in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_a_session_runs_every_test_that_needs_a_gpu():
+    files = [str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py")]
+    need_one = [file for file in files if "pytest.mark." + "gpu" in (ROOT / file).read_text()]
+    assert len(need_one) >= 3
+    assert [file for file in need_one if not file.startswith(runner.GPU_TESTS)] == []
+
+
+FILES_OF_TESTS = {
+    "test_one.py": "import pytest\n@pytest.mark.slow\ndef test_a(): assert 0\n"
+    "def test_b(): pass\ndef test_c(): assert 0\n",
+    "test_two.py": "def test_d(): pass\ndef test_e(): assert 0\n",
+}
+
+
+def test_a_rehearsal_runs_the_first_test_of_each_file(tmp_path):
+    for name, content in FILES_OF_TESTS.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow")
+    options = ["-v", "-m", "not slow", "-p", "bench.measure.first_tests"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    assert re.findall(r"::(test_\w) PASSED", result.stdout) == ["test_b", "test_d"]
 
 
 @pytest.mark.rehearsal

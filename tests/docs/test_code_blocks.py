@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import open_clip
 import pytest
@@ -34,6 +35,8 @@ CODE = re.compile(r"^\s*(fsa |import |from \w+ import|pip |python )", flags=re.M
 # Blocks that need what this machine may lack, by a line of theirs: what, and whether it is there.
 NEEDS = {
     'device="cuda"': ("a CUDA device", torch.cuda.is_available()),
+    ".to_detections()": ("supervision", find_spec("supervision") is not None),
+    '"rle"': ("pycocotools", find_spec("pycocotools") is not None),
     "torch.export.export(": ("torch 2.7 or newer", torch.__version__ >= (2, 7)),
 }
 

@@ -22,8 +22,8 @@ from fsa.pictures.reading import read_image
 from fsa.segment.inspection import WindowAttentions
 from fsa.segment.result import Segmentation
 from fsa.segment.segmentor import Segmentor
-from fsa.showcase.demonstration import title
 from fsa.showcase.explorer.packing import packed_cosines, packed_rows, run_lengths
+from fsa.showcase.titles import title
 
 MAX_PATCHES = 1764
 """A window of more patches is refused: the page would grow with their square."""
