@@ -1,8 +1,8 @@
 """Whole segmentors against label maps of the published code.
 
-`published_labels.npz` holds what the published segmentors of FSA, ProxyCLIP, ClearCLIP, SCLIP and
-NACLIP (with their own towers, windows, PAMR and thresholds, and pictures read and resized by OpenCV
-4.10) answered in float32 on the CPU for two crops of the demo's scenes:
+`published_labels.npz` holds what the published segmentors of FSA, ProxyCLIP, ClearCLIP, SCLIP,
+NACLIP and PEARL (with their own towers, windows, thresholds, PAMR and propagation, and pictures
+read and resized by OpenCV 4.10) answered in float32 on the CPU for two crops of the demo's scenes:
 
 - `SETTING/SCENE`: labels (H,W) uint8 of the setting on the scene of that number;
 - `dino/*` and `mae/*`: weights in float16 of a guide of one layer with random weights, under the
