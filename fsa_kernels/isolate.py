@@ -33,7 +33,7 @@ from torch import Tensor
 from fsa_kernels import launch, runtime
 from fsa_kernels.arithmetic import LOG2E, fast_exp2
 
-# P is scaled by this; the similarity product undoes it. `predict` scales its texts, too.
+# P is scaled by this; the similarity product undoes it.
 SCALE: tl.constexpr = tl.constexpr(1024.0)
 FLOOR: tl.constexpr = tl.constexpr(1e-10)
 # What the samples' probabilities of a class are weighed against in its centre.

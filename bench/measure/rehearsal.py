@@ -10,7 +10,6 @@ bench/results.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -30,18 +29,9 @@ from bench.rows.hosts import HostRow
 from bench.rows.op import OpRow
 from bench.rows.pictures import PictureRow
 
-# Of files in `tests`, those whose tests run on a GPU where there is one.
-_GPU_TESTS = r"kernels/test_\w+|ops/test_\w+|(?:\w+/)?test_(?:kernels|ops|graphs|compile)"
 _TOY_BACKBONE = "ViT-S-16-alt"
 _CPU = torch.device("cpu")
 _GPU_NAME = "no GPU (rehearsal)"
-
-
-def gpu_tests() -> list[str]:
-    """Files of tests that matter on a GPU: kernels, ops, graphs, compilation."""
-    files = sorted((ROOT / "tests").rglob("test_*.py"))
-    names = [file.relative_to(ROOT / "tests").with_suffix("").as_posix() for file in files]
-    return [f"tests/{name}.py" for name in names if re.fullmatch(_GPU_TESTS, name)]
 
 
 def rehearse(folder: Path | None) -> int:

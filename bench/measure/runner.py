@@ -39,6 +39,9 @@ from bench.rows.contenders import MEASURES, Job, is_ours
 KINDS = ("op", "step", "host", "picture")
 ONLY = (*KINDS, "memory", "numerics")
 
+# Where the tests lie that matter on a GPU: of kernels, ops, compilation and CUDA graphs.
+GPU_TESTS = ("tests/kernels", "tests/ops", "tests/segment/test_graphs.py")
+
 # The parts of `bench gpu` in order of importance.
 PARTS = ("op,step,memory,numerics", "host,picture")
 
@@ -96,11 +99,9 @@ def main(arguments: Sequence[str], *, rehearsed: Callable[[], None] | None = Non
 
 def session() -> list[str]:
     """The commands of a session with a GPU."""
-    from bench.measure.rehearsal import gpu_tests
-
     return [
         # In one process: there is one GPU.
-        f"python -m pytest -n 0 {' '.join(gpu_tests())}",
+        f"python -m pytest -n 0 {' '.join(GPU_TESTS)}",
         *(f"python -m bench gpu --only {part}" for part in PARTS),
         "python -m bench tables",
     ]

@@ -53,6 +53,9 @@ def draw(cpu: Record | None, gpu: Record | None, file: Path) -> None:
         _step(left, record)
         _overheads(right, record)
         figure.supxlabel(_caption(record), color=_GREY, fontsize=8)
+        if record is not None and record.get("rehearsal"):
+            mark = {"ha": "center", "va": "center", "rotation": 25, "alpha": 0.25}
+            figure.text(0.5, 0.5, "REHEARSAL, NOT MEASURED", color="red", fontsize=48, **mark)
         figure.savefig(file, dpi=150, facecolor="white")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from bench import RESULTS, ROOT, environment
 from bench.__main__ import COMMANDS
-from bench.measure import memory, numerics, rehearsal, runner, timing
+from bench.measure import dtypes, memory, numerics, rehearsal, runner, timing
 from bench.measure.worker import DeviceLost, Worker, measure
 from bench.report import marks, paper, plots, results_data, tables
 from bench.rows import algebra, contenders, published, registry
@@ -670,18 +671,45 @@ def test_results_without_git_and_without_proc(monkeypatch):
     assert contenders.bytes_free(CPU) > 0
 
 
-def test_a_session_runs_the_tests_of_kernels_ops_graphs_and_compilation():
-    files = rehearsal.gpu_tests()
-    for name in ("kernels", "ops", "graphs", "compile"):
-        assert any(file.endswith(f"test_{name}.py") for file in files), name
-    assert all((ROOT / file).exists() for file in files)
-    assert not [file for file in files if "tests/bench" in file]
+def test_a_session_is_what_contributors_are_told():
     commands = runner.session()
-    assert commands[0] == f"python -m pytest -n 0 {' '.join(files)}"
-    assert [command for command in commands if "--only" in command] == [
+    assert commands == [
+        "python -m pytest -n 0 tests/kernels tests/ops tests/segment/test_graphs.py",
         "python -m bench gpu --only op,step,memory,numerics",
         "python -m bench gpu --only host,picture",
+        "python -m bench tables",
     ]
+    assert "\n".join(commands) in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_a_session_runs_every_test_that_needs_a_gpu():
+    files = [str(file.relative_to(ROOT)) for file in (ROOT / "tests").rglob("test_*.py")]
+    need_one = [file for file in files if "pytest.mark." + "gpu" in (ROOT / file).read_text()]
+    assert len(need_one) >= 3
+    assert [file for file in need_one if not file.startswith(runner.GPU_TESTS)] == []
+
+
+FILES_OF_TESTS = {
+    "test_one.py": "import pytest\n@pytest.mark.slow\ndef test_a(): assert 0\n"
+    "def test_b(): pass\ndef test_c(): assert 0\n",
+    "test_two.py": "def test_d(): pass\ndef test_e(): assert 0\n",
+}
+
+
+def test_a_rehearsal_runs_the_first_test_of_each_file(tmp_path):
+    for name, content in FILES_OF_TESTS.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow")
+    options = ["-v", "-m", "not slow", "-p", "bench.measure.first_tests"]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(tmp_path)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    assert re.findall(r"::(test_\w) PASSED", result.stdout) == ["test_b", "test_d"]
 
 
 @pytest.mark.rehearsal
@@ -736,6 +764,33 @@ def test_the_registry_covers_what_is_asked_for():
 def test_every_command_is_there(name):
     module = __import__(COMMANDS[name], fromlist=["main"])
     assert callable(module.main)
+
+
+def test_types_are_compared(monkeypatch, capsys):
+    monkeypatch.setattr(dtypes, "PATCHES", (32,))
+    monkeypatch.setattr(dtypes, "HOSTS", ("clearclip",))
+    pictures = list(dtypes.scenes())
+    assert len(pictures) == 18
+    monkeypatch.setattr(dtypes, "scenes", lambda: pictures[-1:])
+    assert dtypes.main(["dtypes", "--only", "step,labels", "--rounds", "1"]) == 0
+    printed = capsys.readouterr().out
+    for dtype in ("float32", "bfloat16"):
+        for what in ("step ", "step without", "products"):
+            assert re.search(rf"  {dtype} {what} +\d+\.\d\n", printed)
+    shares = re.findall(r"clearclip, 1 scenes, (\w+) +([\d.]+)% +([\d.]+)%", printed)
+    assert [name for name, *_ in shares] == ["bfloat16", "float16"]
+    assert all(95 < float(share) <= 100 for _, *both in shares for share in both)
+
+
+def test_the_best_of_some_rounds_counts_without_the_first():
+    durations = iter([0.0, 0.03, 0.01])
+
+    def call():
+        until = time.process_time() + next(durations)
+        while time.process_time() < until:
+            pass
+
+    assert 10 <= dtypes.best({"it": call}, rounds=2)["it"] < 30
 
 
 # --------------------------------------------------------------------------------------------------
