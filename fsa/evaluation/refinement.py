@@ -31,8 +31,8 @@ def pixel_adaptive_refinement(
 
     Pixel-adaptive mask refinement, PAMR (Araslanov & Roth, CVPR 2020, section 3.3): at every
     distance a pixel has eight neighbours, of which a neighbour counts by softmax of
-    -|x_i - x_j| / (0.1 sigma_i), averaged over the channels, where sigma_i is the deviation of the
-    channel over the pixel and its neighbours. The edge of the picture goes on beyond it.
+    -abs(x_i - x_j) / (0.1 sigma_i), averaged over the channels, where sigma_i is the deviation of
+    the channel over the pixel and its neighbours. The edge of the picture goes on beyond it.
 
     Args:
         maps: (Q,H,W) float32, one of each class.
@@ -84,10 +84,10 @@ def text_aware_propagation(maps: Tensor, image: Tensor, text_features: Tensor, g
     by 25 steps of conjugate gradients from Z_0, with one step length for all maps. T is diagonal
     and says how far a cell is trusted, T_ii = max(p_i, 0.05)^2 (1 + sum_q s_q p_iq^2) with the
     largest of p_i. L is the Laplacian of the graph that joins each cell to its four neighbours,
-    with weights min(1, exp(-5 |g_i - g_j| / m) (1 + sum_q s_q p_iq p_jq)), where g is luminance and
-    m the mean of |g_i - g_j| in that direction. s_q is the share that a text has of its own row in
-    the similarities of texts, (softmax_r(t_q . t_r / 0.5)_q + 10) / 11; of these similarities the
-    published code uses nothing else.
+    with weights min(1, exp(-5 abs(g_i - g_j) / m) (1 + sum_q s_q p_iq p_jq)), where g is luminance
+    and m the mean of abs(g_i - g_j) in that direction. s_q is the share that a text has of its own
+    row in the similarities of texts, (softmax_r(t_q . t_r / 0.5)_q + 10) / 11; of these
+    similarities the published code uses nothing else.
 
     Args:
         maps: (Q,H,W) float32, one of each text, such as cosines.

@@ -38,11 +38,11 @@ def masks_of(result: Segmentation, kinds: Iterable[str]) -> list[dict[str, Any]]
 
     "class" and "number"; "area" in pixels; "bbox", COCO's [left, top, width, height]; and as asked
 
-    "rle": {"size": [H, W], "counts": str}, COCO's compressed run lengths.
-    "polygons": as the coordinates of a MultiPolygon of GeoJSON: a list of polygons, each a list of
-        rings of which the first is the outline and the others are holes, each a list of [x, y] that
-        ends where it begins. In pixels; a pixel reaches from its number to the next, and corners
-        are cut at half a pixel, so that each pixel's middle lies on its own side.
+    - "rle": {"size": [H, W], "counts": str}, COCO's compressed run lengths;
+    - "polygons": as the coordinates of a MultiPolygon of GeoJSON: a list of polygons, each a list
+      of rings of which the first is the outline and the others are holes, each a list of [x, y]
+      that ends where it begins. In pixels; a pixel reaches from its number to the next, and corners
+      are cut at half a pixel, so that each pixel's middle lies on its own side.
 
     Raises:
         InputError: as `check_installed`.
