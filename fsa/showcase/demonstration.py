@@ -24,7 +24,7 @@ _PANEL_WIDTH, _TEXT_SIZE = 240, 22
 # CLIP's own attention first, with the rest of its last block and without: feedback does most there.
 HOSTS = ("clip", "qk", "maskclip", "sclip", "clearclip", "proxyclip")
 # The scene and the host whose attention is shown.
-_ATTENTION_SCENE, _ATTENTION_HOST = 5, "qk"
+_ATTENTION_SCENE, _ATTENTION_HOST = 2, "qk"
 
 
 def run(out: Path) -> str:
