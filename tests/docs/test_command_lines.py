@@ -68,6 +68,11 @@ def check_torchrun(words):
 def check_pip(words):
     if shlex.join(words) in CHECKS:
         return
+    if "wheels" in words or "wheels/*.whl" in words:
+        # What a machine with a GPU and without a network gets.
+        assert words[1] in ("download", "install")
+        assert "--no-deps" in words
+        return
     options = [word for word in words[2:] if word != "-e"]
     (target,) = options
     found = re.fullmatch(r"\.(?:\[([\w,]+)\])?", target)
@@ -79,6 +84,11 @@ def check_pip(words):
 
 
 def check_pytest(words):
+    words = list(words)
+    if "-n" in words:
+        at = words.index("-n")
+        assert words.pop(at + 1).isdigit()
+        words.pop(at)
     *paths, marked = (*words[1:], "") if "-m" not in words else (*words[1:-2], words[-1])
     for word in paths:
         assert word == "--benchmark-only" or (ROOT / word).exists(), word
@@ -90,6 +100,8 @@ def check_pytest(words):
 def check_python(words):
     if words[2] == "bench":
         assert words[3] in BENCHMARKS
+    elif words[2] == "pytest":
+        check_pytest(words[2:])
     else:
         assert shlex.join(words) == SITE
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fsa import load_segmentor, tiny
@@ -67,7 +68,7 @@ def test_a_name_that_cannot_be_written_has_its_number_in_the_list(segmentor):
     result = segmentor.segment(SCENE.picture, ["sand", "\ue000", "snow"], **SIZES)
     labels = np.ones_like(result.labels)
     labels[0] = 2
-    result = replace(result, labels=labels)
+    result = replace(result, label_tensor=torch.from_numpy(labels))
     order, names = comparison._largest_first(result, result)
     assert names == ["class 1", "snow"]
     assert order.tolist() == [2, 0, 1]
