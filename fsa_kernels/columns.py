@@ -187,11 +187,11 @@ def gather(value: Tensor, attended: Tensor, adaptations: Adaptations) -> tuple[T
             L,
             D,
             d,
-            adaptations.scale,
+            adaptations.scale(),
             *runtime.strides(value),
             *runtime.strides(attended),
-            FIRST=adaptations.first,
-            SECOND=adaptations.second,
+            FIRST=adaptations.first(),
+            SECOND=adaptations.second(),
             **plan.arguments(),
         )
     return gathered, columns

@@ -38,24 +38,22 @@ class Adaptations(NamedTuple):
 
     A_f is multiplied once, with columns that stand side by side. A_f is linear, so the terms in
     which it comes last share D columns, which hold the sum of A V and V. A A_f V needs A_f V by
-    itself: V takes D columns behind them, unless it is all that the first ones hold.
+    itself: V takes D columns behind them, unless it is all that the first ones hold. Methods and
+    no properties, which torch.compile of PyTorch 2.6 cannot trace on a tuple.
     """
 
     after: bool = True
     before: bool = True
     only: bool = True
 
-    @property
     def first(self) -> int:
         """What the first D columns hold: 1 for A V, 2 for V, 3 for their sum."""
         return self.after + 2 * (self.only or not self.after)
 
-    @property
     def second(self) -> bool:
         """Whether V takes D columns behind the first."""
         return self.before and (self.after or self.only)
 
-    @property
     def scale(self) -> float:
         """Of the columns: the sum of the scaled terms is the mean of the terms."""
         return 1 / sum(self)
@@ -64,4 +62,4 @@ class Adaptations(NamedTuple):
         self, B: int, N: int, D: int
     ) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """Shapes of what `gather` returns: attended values with the mean's row, and columns."""
-        return (B, N + 1, D), (B, N, 2 * D if self.second else D)
+        return (B, N + 1, D), (B, N, 2 * D if self.second() else D)

@@ -378,7 +378,7 @@ def _apply(
     columns, first, second, scale = out, 0, False, 1.0
     if gathers is not None:
         columns, adaptations = gathers
-        first, second, scale = adaptations.first, adaptations.second, adaptations.scale
+        first, second, scale = adaptations.first(), adaptations.second(), adaptations.scale()
     B, N, D = value.shape
     rows = weights.shape[1]
     wanted = min(rows, out.shape[1] - first_row)

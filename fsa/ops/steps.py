@@ -135,7 +135,7 @@ class AttentionStep:
         if not self._adaptations.before:
             return heads_apart(product.to(dtype), self._heads)
         width = self.gathered.shape[1] * self.gathered.shape[-1]
-        others = product[..., :width] if self._adaptations.second else None
+        others = product[..., :width] if self._adaptations.second() else None
         return self._apply_and_add(product[..., -width:].to(dtype), others).to(dtype)
 
     def _hold(
@@ -148,7 +148,7 @@ class AttentionStep:
 
     def _apply_and_add(self, value: Tensor, others: Tensor | None) -> Tensor:
         # The terms come scaled, so that their sum is their mean.
-        total = self._apply(heads_apart(value, self._heads), self._adaptations.scale)
+        total = self._apply(heads_apart(value, self._heads), self._adaptations.scale())
         return total if others is None else total + heads_apart(others, self._heads)
 
 

@@ -376,9 +376,9 @@ def gather(value: Tensor, attended: Tensor, adaptations: Adaptations) -> tuple[T
     value, attended = (heads.transpose(1, 2).flatten(2) for heads in (value, attended))
     gathered = torch.cat([attended, value.mean(dim=1, keepdim=True)], dim=1)
     patches = value[:, -attended.shape[1] :]
-    parts = [attended] * adaptations.after + [patches] * (adaptations.first > 1)
-    sides = [reduce(torch.add, parts)] + [patches] * adaptations.second
-    columns = torch.cat([adaptations.scale * side for side in sides], dim=-1)
+    parts = [attended] * adaptations.after + [patches] * (adaptations.first() > 1)
+    sides = [reduce(torch.add, parts)] + [patches] * adaptations.second()
+    columns = torch.cat([adaptations.scale() * side for side in sides], dim=-1)
     return gathered, columns
 
 

@@ -40,8 +40,10 @@ def test_what_a_model_does_not_need_is_not_imported_and_can_be_later(model, with
         cwd=ROOT,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == [
-        "torch._dynamo False",
+    dynamo, *others = result.stdout.splitlines()
+    # transformers itself may import it.
+    assert with_transformers or dynamo == "torch._dynamo False"
+    assert others == [
         f"transformers {with_transformers}",
         "1.0",
         "3 torch.compiler",

@@ -19,11 +19,14 @@ import fsa
 from fsa import FSAConfig, InputError
 from fsa.evaluation import datasets, loading, protocol, runner, state
 from fsa.evaluation.metrics import ConfusionMatrix, confusion, mean_iou
+from fsa.evaluation.resizing import resize
 from fsa.pictures.reading import read_image
 from fsa.segment import batching
 from tests.support.evaluation_data import counts, folder, write_mask, write_picture
 
 ROOT = Path(__file__).parents[2]
+# Of the published configurations.
+CLIP_MEAN, CLIP_STD = (122.771, 116.746, 104.094), (68.501, 66.632, 70.323)
 SMALL = {"short_side": 64, "window": 48, "stride": 24}
 OPTIONS = ["--short-side", "64", "--window", "48", "--stride", "24", "--chunk", "2"]
 
@@ -124,10 +127,10 @@ def test_the_labels_are_those_of_the_published_loop(segmentor, preset, tmp_path,
         image = read_image(sample.image).rgb
         size = tuple(image.shape[-2:])
         scale = 64 / min(size)
-        small = functional.interpolate(
-            image[None].float(), size=[int(s * scale + 0.5) for s in size], mode="bilinear"
-        ).round()[0]
-        small = segmentor.normalise(small / 255)
+        # As OpenCV does it, which has tests of its own; then with the published mean and deviation.
+        small = resize(image, tuple(int(side * scale + 0.5) for side in size)).float()
+        mean, std = (torch.tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
+        small = (small - mean) / std
         h, w = small.shape[-2:]
         total, times = torch.zeros(4, h, w), torch.zeros(h, w)
         for i in range(max(h - 48 + 23, 0) // 24 + 1):
