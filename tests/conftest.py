@@ -13,11 +13,11 @@ if not torch.cuda.is_available():
     # Read when the kernels are first imported, so it must be set before any test is.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
     # One thread for each of the processes: together they have no more cores than that, and threads
     # that wait for a core hold up all others.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 # The same examples on every run, so that a change is judged by what it changes; for others and
 # more of them: pytest --hypothesis-profile=explore
