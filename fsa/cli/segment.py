@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from fsa.segment.result import Segmentation
     from fsa.segment.segmentor import Segmentor
 
-_CLASSES_SHOWN = 4
 _WRITERS = 2
 # Results that wait to be written; with more, or with more pixels, the next picture waits for them.
 _WAITING, _WAITING_PIXELS = 4, 32_000_000
@@ -137,19 +136,20 @@ def _segment_all(
 
     if not files:
         return []
-    windows = _windows(segmentor, files, settings)
-    many = sum(windows) >= _WINDOWS_ESTIMATED
-    if many and not quiet:
+    # Who sees no progress needs no count, for which every file is opened.
+    windows = 0 if quiet else _windows(segmentor, files, settings)
+    many = windows >= _WINDOWS_ESTIMATED
+    if many:
         from fsa.segment.estimate import seconds_per_window
 
-        seconds = sum(windows) * seconds_per_window(segmentor, classes, **settings)
-        typer.echo(f"{sum(windows)} windows, about {_duration(seconds)}", err=True)
+        seconds = windows * seconds_per_window(segmentor, classes, **settings)
+        typer.echo(f"{windows} windows, about {_duration(seconds)}", err=True)
     failures: list[str] = []
     taken: set[str] = set()
     writing: deque[tuple[Path, Segmentation, Future[dict[str, Path]]]] = deque()
     with (
         tqdm(
-            total=sum(windows) if many else len(files),
+            total=windows if many else len(files),
             unit="window" if many else "picture",
             disable=quiet or None,
             file=sys.stderr,
@@ -201,14 +201,14 @@ def _pixels(writing: deque[tuple[Path, Segmentation, Future[dict[str, Path]]]]) 
     return sum(result.labels.size for _, result, _ in writing)
 
 
-def _windows(segmentor: Segmentor, files: list[Path], settings: dict[str, Any]) -> list[int]:
-    """How many windows each picture will have, as its header says; 0 where it cannot be read."""
+def _windows(segmentor: Segmentor, files: list[Path], settings: dict[str, Any]) -> int:
+    """How many windows the pictures that can be read will have, as their headers say."""
     from fsa.pictures.reading import size_in_header
     from fsa.segment.estimate import window_count
 
     sizes = {name: settings[name] for name in ("window", "stride", "short_side")}
     found = (size_in_header(file) for file in files)
-    return [0 if size is None else window_count(segmentor, size, **sizes) for size in found]
+    return sum(window_count(segmentor, size, **sizes) for size in found if size is not None)
 
 
 def _duration(seconds: float) -> str:
@@ -240,11 +240,9 @@ def _without_results(
 
 
 def _summary(file: Path, result: Segmentation, overlay: Path) -> str:
-    from fsa.draw.lettering import percent, shortened
+    from fsa.segment.result import CLASSES_NAMED
 
-    present = [(name, share) for name, share in result.areas().items() if share > 0]
-    listed = ", ".join(
-        f"{shortened(name)} {percent(share)}" for name, share in present[:_CLASSES_SHOWN]
-    )
-    more = f", {len(present) - _CLASSES_SHOWN} more" if len(present) > _CLASSES_SHOWN else ""
-    return shown(f"{file.name}: {listed}{more} -> {overlay}")
+    present = result.named_areas()
+    more = len(present) - CLASSES_NAMED
+    listed = ", ".join([*present[:CLASSES_NAMED], *([f"{more} more"] if more > 0 else [])])
+    return shown(f"{file.name}: {listed} -> {overlay}")

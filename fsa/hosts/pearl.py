@@ -32,10 +32,9 @@ class PEARL(Host):
     R = M (M^T M)^(-1/2), where the root is found by Newton-Schulz steps on M^T M over its Frobenius
     norm. As published there are five, which is far from the end where M's singular values differ
     much. The published code and this one then agree to rounding, and both are off the exact R by
-    45% of its length on the small tower of random weights in the tests, 43% on a ViT-B/16 of random
-    weights and 95% on the embedded model; 22% even where keys and queries are the same random
-    numbers. Starting from the spectral norm instead changes little. `steps=None` takes R from a
-    singular value decomposition.
+    45% of its length on the small tower of random weights in the tests and 43% on a ViT-B/16 of
+    random weights; 22% even where keys and queries are the same random numbers. Starting from the
+    spectral norm instead changes little. `steps=None` takes R from a singular value decomposition.
 
     The paper's second step, the propagation of logits over the picture, belongs to evaluation: see
     `fsa.evaluation.refinement.text_aware_propagation`.

@@ -9,7 +9,7 @@ from fsa.errors import NotFiniteError
 from fsa.pictures.resizing import source_rows
 from fsa.pictures.windows import GridMap, Window, WindowMerger
 from fsa.segment.cosines import Cosines, WholeCosines, WindowedCosines, full_size_strips
-from fsa.segment.labels import Choice, label_map, require_finite, strip_entries
+from fsa.segment.labels import Choice, require_finite, strip_entries
 
 # Cosines of more entries at the working size are merged strip by strip, on the CPU from 256 MiB on
 # in float32, on a GPU from 1 GiB on.
@@ -77,15 +77,7 @@ class GrowingLabels:
         """
         if self._merger is not None:
             cosines = self._merger.mean()
-            choice = self._choice
-            labels = label_map(
-                cosines,
-                choice.queries,
-                self._size,
-                choice.prob_thd,
-                choice.background_index,
-                scale=choice.scale,
-            )
+            labels = self._choice.label_map(cosines, self._size)
             require_finite(cosines)
             return labels, WholeCosines(cosines)
         self._label_above(self._working[0])

@@ -84,8 +84,7 @@ def label_map(
 ) -> Tensor:
     """Labels (H,W) int32 at the picture's own size.
 
-    The logits are upsampled in strips of rows, so that memory does not grow with classes times
-    pixels. Without a background the softmax, which keeps the order, is left out: the label is the
+    Without a background the softmax, which keeps the order, is left out: the label is the
     class of the largest cosine, the first of equal ones. (The softmax may round cosines to equal
     probabilities that differ in their last digits; here the larger cosine counts.)
 
@@ -107,12 +106,7 @@ def label_map(
         dropped = areas <= area_thd * areas.sum()
         dropped[background_index] = False
         choice = replace(choice, dropped=dropped)
-    labels = torch.empty(size, dtype=torch.int32, device=cosines.device)
-    for strip, maps in full_size_strips(
-        WholeCosines(cosines), size, slice(0, size[0]), strip_entries(cosines.is_cuda)
-    ):
-        labels[strip] = choice.labels(maps)
-    return labels
+    return choice.label_map(cosines, size)
 
 
 def strip_entries(on_gpu: bool) -> int:
@@ -144,3 +138,16 @@ class Choice:
             probabilities.masked_fill_(self.dropped[:, None, None], 0)
         best, index = probabilities.max(dim=0)
         return index.masked_fill(best < self.prob_thd, self.background_index).int()
+
+    def label_map(self, cosines: Tensor, size: tuple[int, int]) -> Tensor:
+        """Labels (H,W) int32 at a picture's own size, of cosines (Q,h,w) at its working size.
+
+        The cosines are upsampled in strips of rows, so that memory does not grow with classes times
+        pixels.
+        """
+        labels = torch.empty(size, dtype=torch.int32, device=cosines.device)
+        for strip, maps in full_size_strips(
+            WholeCosines(cosines), size, slice(0, size[0]), strip_entries(cosines.is_cuda)
+        ):
+            labels[strip] = self.labels(maps)
+        return labels

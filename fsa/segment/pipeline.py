@@ -29,6 +29,24 @@ WindowProgress = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
+class Checked:
+    """What the arguments of `Segmentor.segment` mean, once they are checked.
+
+    Attributes:
+        names: of the classes, with a background that was added.
+        background_index: what uncertain pixels become, or None to leave them.
+        sizes, window_batch: as in `Job`.
+        settings: as `Segmentor.settings` returns them.
+    """
+
+    names: tuple[str, ...]
+    background_index: int | None
+    sizes: Sizes
+    window_batch: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Job:
     """What is done with every picture.
 

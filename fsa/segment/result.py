@@ -26,7 +26,9 @@ from fsa.segment.probabilities import ClassMaps
 from fsa.segment.shapes import detections_of, masks_of
 
 _PALETTE_CLASSES = 256
-_CLASSES_NAMED = 4
+CLASSES_NAMED = 4
+"""How many classes a line about a result names."""
+
 _SHOWN_SIZE = (1024, 1024)
 
 
@@ -103,6 +105,14 @@ class Segmentation:
         counts = self.pixel_counts
         order = np.argsort(-counts, kind="stable")
         return {self.class_names[i]: float(counts[i] / self.labels.size) for i in order}
+
+    def named_areas(self) -> list[str]:
+        """The classes that are present and their shares, such as "sky 12%", largest first."""
+        return [
+            f"{shortened(name)} {percent(share)}"
+            for name, share in self.areas().items()
+            if share > 0
+        ]
 
     def overlay(self, alpha: float = 0.6, legend: bool = True) -> Image.Image:
         """The picture tinted by its labels, with a legend beside it."""
@@ -199,11 +209,7 @@ class Segmentation:
 
     def __repr__(self) -> str:
         height, width = self.label_tensor.shape
-        shares = ", ".join(
-            f"{shortened(name)} {percent(share)}"
-            for name, share in list(self.areas().items())[:_CLASSES_NAMED]
-            if share > 0
-        )
+        shares = ", ".join(self.named_areas()[:CLASSES_NAMED])
         return f"<Segmentation of {self.picture.label}, {width} x {height} pixels: {shares}>"
 
     def _repr_png_(self) -> bytes:

@@ -33,7 +33,7 @@ from fsa.segment.assembly import (
 from fsa.segment.inspection import PatchAttentions, WindowAttentions, window_attentions
 from fsa.segment.labels import Choice, named_background
 from fsa.segment.model import WindowModel
-from fsa.segment.pipeline import Job, WindowProgress, segmentations
+from fsa.segment.pipeline import Checked, Job, WindowProgress, segmentations
 from fsa.segment.result import Segmentation
 from fsa.segment.sizes import PAPER_SIZES, TINY_SIZES, Sizes, resized
 
@@ -205,25 +205,10 @@ class Segmentor(WindowModel):
         Raises:
             InputError: arguments that `segment` accepts with no picture.
         """
-        sizes = self.sizes(window, stride, short_side)
-        integer_within("window_batch", window_batch, 1)
-        names, background_index = named_background(parse_classes(classes), prob_thd, background)
-        return {
-            "host": self.host_name,
-            "model": self.loaded.name,
-            "pretrained": self.loaded.pretrained,
-            "vfm": self.vfm.name if self.vfm else None,
-            "feedback": self.config.to_dict() if self.config else None,
-            "short_side": sizes.short_side,
-            "window": sizes.window,
-            "stride": sizes.stride,
-            "prob_thd": float(prob_thd),
-            "background": names[background_index] if background_index is not None else None,
-            "classes": [list(c) if not isinstance(c, str) else [c] for c in classes],
-            "backend": self.host.backend,
-            "device": str(self.loaded.device),
-            "dtype": str(self.loaded.dtype).removeprefix("torch."),
-        }
+        checked = self._checked(
+            classes, window, stride, short_side, prob_thd, background, window_batch
+        )
+        return checked.settings
 
     def segment(
         self,
@@ -268,14 +253,12 @@ class Segmentor(WindowModel):
             OutOfMemoryError: a working size or a batch of windows that does not fit.
         """
         started = time.perf_counter()
-        options: dict[str, Any] = {
-            **{"window": window, "stride": stride, "short_side": short_side, "prob_thd": prob_thd},
-            **{"background": background, "window_batch": window_batch},
-        }
         # What is not accepted is said before a picture is read, and before texts are encoded.
-        self.settings(classes, **options)
+        checked = self._checked(
+            classes, window, stride, short_side, prob_thd, background, window_batch
+        )
         picture = read_image(image)
-        job = self._job(classes, on_device, text_progress, **options)
+        job = self._job(checked, classes, on_device, text_progress)
         of_one = None if progress is None else lambda _, done, total: progress(done, total)
         (result,) = segmentations(job, [picture], progress=of_one, started=started)
         if isinstance(result, FSAError):
@@ -322,34 +305,63 @@ class Segmentor(WindowModel):
                 f"pictures={str(pictures)!r} must be several; for a folder pass "
                 "fsa.pictures.reading.list_pictures([folder])"
             )
-        options: dict[str, Any] = {
-            **{"window": window, "stride": stride, "short_side": short_side, "prob_thd": prob_thd},
-            **{"background": background, "window_batch": window_batch},
-        }
-        job = self._job(classes, on_device, text_progress, **options)
+        checked = self._checked(
+            classes, window, stride, short_side, prob_thd, background, window_batch
+        )
+        job = self._job(checked, classes, on_device, text_progress)
         return segmentations(job, read_ahead(pictures), progress=progress)
+
+    def _checked(
+        self,
+        classes: Classes,
+        window: int | None,
+        stride: int | None,
+        short_side: int | None,
+        prob_thd: float,
+        background: str | int | None,
+        window_batch: int,
+    ) -> Checked:
+        """What the arguments of `segment` mean; raises InputError for those not accepted."""
+        sizes = self.sizes(window, stride, short_side)
+        integer_within("window_batch", window_batch, 1)
+        names, background_index = named_background(parse_classes(classes), prob_thd, background)
+        settings = {
+            "host": self.host_name,
+            "model": self.loaded.name,
+            "pretrained": self.loaded.pretrained,
+            "vfm": self.vfm.name if self.vfm else None,
+            "feedback": self.config.to_dict() if self.config else None,
+            "short_side": sizes.short_side,
+            "window": sizes.window,
+            "stride": sizes.stride,
+            "prob_thd": float(prob_thd),
+            "background": names[background_index] if background_index is not None else None,
+            "classes": [list(c) if not isinstance(c, str) else [c] for c in classes],
+            "backend": self.host.backend,
+            "device": str(self.loaded.device),
+            "dtype": str(self.loaded.dtype).removeprefix("torch."),
+        }
+        return Checked(names, background_index, sizes, window_batch, settings)
 
     def _job(
         self,
+        checked: Checked,
         classes: Classes,
         on_device: bool,
         text_progress: Progress | None,
-        **options: Any,
     ) -> Job:
-        """What is done with every picture; checks the options as `settings` does."""
-        settings = self.settings(classes, **options)
-        prob_thd = float(options["prob_thd"])
-        names, background_index = named_background(
-            parse_classes(classes), prob_thd, options["background"]
-        )
+        """What is done with every picture; encodes the texts."""
         queries = self._text.encode(classes, progress=text_progress)
+        settings = checked.settings
         return Job(
             segmentor=self,
             queries=queries,
-            names=names,
-            sizes=self.sizes(options["window"], options["stride"], options["short_side"]),
-            choice=Choice(queries, prob_thd, background_index, self.logit_scale),
-            window_batch=options["window_batch"],
+            names=checked.names,
+            sizes=checked.sizes,
+            choice=Choice(
+                queries, settings["prob_thd"], checked.background_index, self.logit_scale
+            ),
+            window_batch=checked.window_batch,
             settings={"fsa": fsa.__version__, "torch": torch.__version__, **settings},
             on_device=on_device,
         )
