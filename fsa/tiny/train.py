@@ -340,6 +340,12 @@ def main() -> None:
         "--decay", type=float, default=plan.decay, help="share of the steps whose rate falls"
     )
     parser.add_argument("--styles", nargs="+", default=_STYLES, help="of the pictographs")
+    parser.add_argument(
+        "--painted",
+        type=float,
+        default=0.5,
+        help="share of the objects that are drawings painted anew",
+    )
     parser.add_argument("--learning-rate", type=float, default=plan.learning_rate)
     parser.add_argument("--seed", type=int, default=plan.seed)
     parser.add_argument(
@@ -362,7 +368,7 @@ def main() -> None:
         workers=arguments.workers,
     )
     device = torch.device(arguments.device)
-    sprites = Sprites(arguments.pictographs, arguments.styles, device)
+    sprites = Sprites(arguments.pictographs, arguments.styles, device, arguments.painted)
     print(train(sprites, arguments.out, plan, device, start=arguments.start))
 
 
