@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from fsa import ops
+from fsa.arguments import as_float
 from fsa.config import PROXY_GAIN, PROXY_SHIFT, FSAConfig
 from fsa.errors import InputError
 from fsa.hosts.base import Host
@@ -58,7 +59,10 @@ class ProxyCLIP(Host):
     grid of the output. The class token takes no part.
 
     Args:
-        shift, gain: of the affinity, s <- (s - shift * mean(s)) * gain.
+        shift, gain: of the affinity, s <- (s - shift * mean(s)) * gain; the paper's beta and gamma.
+
+    Raises:
+        InputError: a shift that is not a finite number, or a gain that is not one above 0.
     """
 
     published_residual = False
@@ -73,6 +77,10 @@ class ProxyCLIP(Host):
         backend: str = "auto",
     ) -> None:
         super().__init__(visual, backend=backend)
+        if as_float(shift) is None:
+            raise InputError(f"shift={shift!r} is not accepted: it must be a finite number")
+        if (as_float(gain) or 0) <= 0:
+            raise InputError(f"gain={gain!r} is not accepted: it must be a finite number > 0")
         self.shift = shift
         self.gain = gain
 

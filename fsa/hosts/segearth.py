@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,11 @@ class SegEarth(SelfAttentionHost):
             )
         self.class_weight = class_weight
         self.compared_as_they_are = class_weight > 0
+
+    @classmethod
+    def default_options(cls) -> dict[str, Any]:
+        # Of a tower with a class token; without one it is 0.
+        return {**super().default_options(), "class_weight": SEGEARTH_CLASS_WEIGHT}
 
     def attention(self, block: LastBlock, config: FSAConfig | None) -> LastAttention:
         projected = {"q": block.query, "k": block.key, "v": block.value}
