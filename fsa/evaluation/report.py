@@ -71,10 +71,9 @@ def _obstacles(protocol: dict[str, Any], cell: paper.Cell) -> list[str]:
         reasons.append(f"preset {used} instead of {published}")
     # No published configuration of these hosts changes an option.
     for name, value in host_class(cell.host).default_options().items():
-        if protocol["host_options"][name] != value:
-            reasons.append(
-                f"host option {name}={protocol['host_options'][name]} instead of {value}"
-            )
+        used = protocol["host_options"][name]
+        if used != value:
+            reasons.append(f"host option {name}={used} instead of {value}")
     if protocol["pretrained"] != cell.pretrained:
         reasons.append(f"weights {protocol['pretrained']} instead of {cell.pretrained}")
     return reasons

@@ -292,7 +292,6 @@ def test_a_preset_sets_its_hosts_options_and_the_command_line_changes_them(run, 
 def result_of(**changes):
     record = {
         "host": "proxyclip",
-        "host_options": {"shift": 1.2, "gain": 3.0},
         "model": "ViT-B-16",
         "pretrained": "openai",
         "vfm": "dino",
@@ -301,6 +300,7 @@ def result_of(**changes):
         "preset": {"name": "proxyclip/voc21"},
         **changes,
     }
+    record.setdefault("host_options", hosts.host_class(record["host"]).default_options())
     names = ("background", "cat", "dog")
     counts = np.array([[6, 2, 0], [0, 2, 0], [0, 0, 0]])
     return Result(counts, names, 2, {}, 1.0, record)
