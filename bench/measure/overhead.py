@@ -129,6 +129,9 @@ def _as_on_a_gpu() -> Iterator[None]:
     import fsa_kernels
     from fsa.ops import functional, library, torch_backend
 
+    def interpreting() -> bool:
+        return True
+
     def only_ask_where(name: str, tensor: torch.Tensor) -> bool:
         return tensor.device.type == "cpu"
 
@@ -140,7 +143,7 @@ def _as_on_a_gpu() -> Iterator[None]:
 
     # Only the choice of the backend is told so: what launches must know that nothing interprets.
     with (
-        mock.patch.object(fsa_kernels, "interpreting", return_value=True),
+        mock.patch.object(fsa_kernels, "interpreting", interpreting),
         mock.patch.object(library, "check_finite", only_ask_where),
         mock.patch.object(library, "check_finite_product", only_ask_where_result),
         mock.patch.object(functional, "check_finite_product", only_ask_where_result),
