@@ -410,22 +410,13 @@ def select(
         kernel, plan = _select_kernel, launch.select(N)
     else:
         kernel, plan = _select_long_kernel, launch.select_long()
-    with runtime.on_device(S):
-        runtime.launch(
-            kernel,
-            (B * rows,),
-            S,
-            h,
-            out,
-            N,
-            first_row,
-            rows,
-            padded_N,
-            out.stride(1),
-            float(options.beta),
-            float(limit),
-            PRUNING=_PRUNINGS[options.pruning],
-            SCALING=options.scaling,
-            **plan.arguments(),
-        )
+    runtime.launch(
+        kernel,
+        (B * rows, 1, 1),
+        (S, h, out),
+        (N, first_row, rows, padded_N, out.stride(1), float(options.beta), float(limit)),
+        plan,
+        PRUNING=_PRUNINGS[options.pruning],
+        SCALING=options.scaling,
+    )
     return out[:, :, :N]
