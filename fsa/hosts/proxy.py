@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from fsa import ops
-from fsa.arguments import as_float
+from fsa.arguments import finite_number
 from fsa.config import PROXY_GAIN, PROXY_SHIFT, FSAConfig
 from fsa.errors import InputError
 from fsa.hosts.base import Host
@@ -77,12 +77,8 @@ class ProxyCLIP(Host):
         backend: str = "auto",
     ) -> None:
         super().__init__(visual, backend=backend)
-        if as_float(shift) is None:
-            raise InputError(f"shift={shift!r} is not accepted: it must be a finite number")
-        if (as_float(gain) or 0) <= 0:
-            raise InputError(f"gain={gain!r} is not accepted: it must be a finite number > 0")
-        self.shift = shift
-        self.gain = gain
+        self.shift = finite_number("shift", shift)
+        self.gain = finite_number("gain", gain, positive=True)
 
     def grid(self, height: int, width: int, vfm_features: Tensor | None = None) -> tuple[int, int]:
         if vfm_features is None:

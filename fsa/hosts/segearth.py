@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import reduce
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fsa.arguments import finite_number
 from fsa.config import SEGEARTH_CLASS_WEIGHT, FSAConfig
 from fsa.errors import InputError
 from fsa.hosts.block import LastAttention, LastBlock
@@ -53,11 +53,7 @@ class SegEarth(SelfAttentionHost):
         super().__init__(visual, residual=residual, backend=backend)
         if class_weight is None:
             class_weight = SEGEARTH_CLASS_WEIGHT if self.tower.has_class_token else 0.0
-        is_number = isinstance(class_weight, (int, float)) and not isinstance(class_weight, bool)
-        if not (is_number and 0 <= class_weight < math.inf):
-            raise InputError(
-                f"class_weight={class_weight!r} is not accepted: it must be a finite number >= 0"
-            )
+        class_weight = finite_number("class_weight", class_weight, least=0)
         if class_weight and not self.tower.has_class_token:
             raise InputError(
                 f"class_weight={class_weight!r} needs a class token, which the vision tower has "

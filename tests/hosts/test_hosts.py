@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from open_clip.transformer import VisionTransformer
@@ -505,6 +507,11 @@ def test_every_option_can_be_written_as_text(name):
 def test_options_that_are_no_such_text_are_refused_in_words(name, texts, message):
     with pytest.raises(InputError, match=message):
         hosts.parsed_options(name, texts)
+
+
+def test_constants_of_numpy_are_kept_as_pythons():
+    built = hosts.build("naclip", random_tower(), std=np.float32(7))
+    assert json.loads(json.dumps(built.options)) == {"std": 7.0, "residual": False}
 
 
 @pytest.mark.parametrize(
