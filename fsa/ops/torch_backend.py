@@ -273,8 +273,10 @@ def adapt(
         right_sides = [right_sides[0] + right_sides[1]]
 
     _, H, _, d = value.shape
-    sides = torch.stack([side.transpose(1, 2) for side in right_sides], dim=2)
-    applied = feedback(sides.flatten(2)).unflatten(-1, (len(right_sides), H, d))
+    sides = [side.transpose(1, 2) for side in right_sides]
+    # One copy of both; of a single side there may be nothing to copy.
+    columns = sides[0] if len(sides) == 1 else torch.stack(sides, dim=2)
+    applied = feedback(columns.flatten(2)).unflatten(-1, (len(sides), H, d))
     terms = [term.transpose(1, 2) for term in applied.unbind(dim=2)]
     if not adaptations.before:
         total = terms[0]
