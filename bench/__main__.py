@@ -6,7 +6,6 @@ python -m bench gpu         the rows for a GPU, those that matter first, in unde
 python -m bench memory      peak extra memory of the PyTorch path at the promised size
 python -m bench launches    what a forward launches, without and with feedback; needs no GPU
 python -m bench overhead    what calls cost in Python before a GPU has anything to do; needs none
-python -m bench dtypes      what bfloat16 saves on this CPU, and what it changes
 python -m bench driver      real calls of every kernel over a CUDA driver that does nothing
 python -m bench resources   what the kernels take of a chip, from the code that real calls launch;
                             needs no GPU -> bench/results/resources-triton-X.Y.txt
@@ -30,7 +29,6 @@ COMMANDS = {
     "memory": "bench.measure.memory",
     "launches": "bench.measure.launches",
     "overhead": "bench.measure.overhead",
-    "dtypes": "bench.measure.dtypes",
     "driver": "bench.measure.driver",
     "resources": "bench.measure.resources",
     "quality": "bench.quality.run",

@@ -6,6 +6,7 @@ A result is for publication only if it names a commit whose code is exactly what
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -20,9 +21,11 @@ import torch
 
 import fsa
 from bench import RESULTS, ROOT
+from fsa import tiny
 
 _PACKAGES = ("triton", "open_clip_torch", "timm", "numpy")
 UNKNOWN = "unknown"
+_CHECKSUM_LENGTH = 12
 _DIRTY = "-dirty"
 
 
@@ -47,10 +50,17 @@ def origin(arguments: Sequence[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         **{package: _version(package) for package in _PACKAGES},
         "fsa": fsa.__version__,
+        "tiny": tiny_weights(),
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python -m bench", *arguments]),
+        # Of a folder its name: where it lies is of no interest elsewhere.
+        "command": " ".join(["python -m bench", *(_folder_name(word) for word in arguments)]),
     }
+
+
+def tiny_weights() -> str:
+    """The beginning of the checksum of the embedded model's weights."""
+    return hashlib.sha256(tiny.weights_path().read_bytes()).hexdigest()[:_CHECKSUM_LENGTH]
 
 
 def commit() -> str:
@@ -91,6 +101,11 @@ def require_publishable(record: dict[str, Any], place: Path) -> None:
             f"not written into {RESULTS.relative_to(ROOT)}: {reason}. Commit first, or name "
             "another place with --out"
         )
+
+
+def _folder_name(word: str) -> str:
+    folder = Path(word)
+    return folder.name if folder.is_absolute() and folder.is_dir() else word
 
 
 def _git(*arguments: str) -> str | None:

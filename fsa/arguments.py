@@ -41,6 +41,21 @@ def number_within(name: str, value: Any, least: float, most: float) -> float:
     return number
 
 
+def finite_number(
+    name: str, value: Any, *, positive: bool = False, least: float = -math.inf
+) -> float:
+    """The value as a finite float, above 0 where it must be positive and at least `least`.
+
+    Raises:
+        InputError: anything else; the message names the argument.
+    """
+    number = as_float(value)
+    if number is None or number < least or (positive and number <= 0):
+        bound = " > 0" if positive else f" >= {least:g}" if math.isfinite(least) else ""
+        raise InputError(f"{name}={value!r} is not accepted: it must be a finite number{bound}")
+    return number
+
+
 def integer_within(name: str, value: Any, least: int, most: int | None = None) -> int:
     """The value as an int from `least` to `most`, or of any size above where `most` is None.
 

@@ -41,7 +41,9 @@ SEGEARTH_CLASS_WEIGHT = 0.3
 
 PEARL_STEPS = 5
 PEARL_KEY_WEIGHT = 0.08
-"""PEARL's own constants: Newton-Schulz steps, and the weight of the keys' own product."""
+PEARL_KEY_WEIGHT_OF_SCENES = 0.3
+"""PEARL's own constants: Newton-Schulz steps, and the weight of the keys' own product; the second
+one is that of its runs on ADE20K and Cityscapes."""
 
 # The published code's values of beta (the paper's text says 2 for all of them).
 _BETA_DEFAULT = 3.0

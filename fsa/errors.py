@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import TracebackType
 
 
 class FSAError(Exception):
@@ -31,27 +32,37 @@ class OutOfMemoryError(FSAError, MemoryError):
     freed."""
 
 
-@contextmanager
-def named_out_of_memory(what: str, advice: str) -> Iterator[None]:
+class named_out_of_memory(AbstractContextManager[None]):
     """Turns every allocator's complaint into an `OutOfMemoryError` that says what to do.
 
     Args:
-        what: that did not fit, with its sizes.
+        what: that did not fit, with its sizes; or what returns it, called only then.
         advice: what makes it smaller.
     """
-    try:
-        yield
-    except OutOfMemoryError:
-        raise
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
+
+    __slots__ = ("_advice", "_what")
+
+    def __init__(self, what: str | Callable[[], str], advice: str) -> None:
+        self._what = what
+        self._advice = advice
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if error is None or not _is_out_of_memory(error):
+            return
         # Its frames hold the tensors that were made before the one that did not fit.
         error.__traceback__ = None
-        raise OutOfMemoryError(f"out of memory: {what}; {advice}") from None
+        what = self._what if isinstance(self._what, str) else self._what()
+        raise OutOfMemoryError(f"out of memory: {what}; {self._advice}") from None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, OutOfMemoryError) or not isinstance(error, MemoryError | RuntimeError):
+        return False
     # By name, not by type: PyTorch is not imported before a command needs it.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

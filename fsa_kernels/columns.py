@@ -175,14 +175,11 @@ def gather(value: Tensor, attended: Tensor, adaptations: Adaptations) -> tuple[T
     gathered, columns = (value.new_empty(shape) for shape in shapes)
     plan = launch.gather()
     programs = plan.blocks(MEAN_COLUMNS=D) + plan.blocks(BLOCK_N=N, BLOCK_D=D)
-    with runtime.on_device(value):
-        runtime.launch(
-            _gather_kernel,
-            (programs, B),
-            value,
-            attended,
-            gathered,
-            columns,
+    runtime.launch(
+        _gather_kernel,
+        (programs, B, 1),
+        (value, attended, gathered, columns),
+        (
             N,
             L,
             D,
@@ -190,8 +187,9 @@ def gather(value: Tensor, attended: Tensor, adaptations: Adaptations) -> tuple[T
             adaptations.scale(),
             *runtime.strides(value),
             *runtime.strides(attended),
-            FIRST=adaptations.first(),
-            SECOND=adaptations.second(),
-            **plan.arguments(),
-        )
+        ),
+        plan,
+        FIRST=adaptations.first(),
+        SECOND=adaptations.second(),
+    )
     return gathered, columns

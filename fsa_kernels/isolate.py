@@ -23,7 +23,7 @@ A patch with logits that are not finite has h = NaN and a row of zeros in P.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -236,8 +236,7 @@ def _isolate_kernel(
     )
 
 
-@dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
     """Of the similarity product S = 1 / (1 + max(0, h_i - P_i . L_j)).
 
     Attributes:
@@ -267,24 +266,25 @@ def isolate(patch_logits: Tensor, uniform_logits: Tensor | None, *, cosine: bool
     """
     B, N, C = patch_logits.shape
     operands = Operands.empty(B, N, C, patch_logits.device)
-    uniform = patch_logits if uniform_logits is None else uniform_logits.expand_as(patch_logits)
+    padded_C = operands.halves.shape[-1]
+    uniform = patch_logits if uniform_logits is None else uniform_logits
+    image, row, column = runtime.strides(uniform)
+    uniform_strides = (image, row if uniform.shape[1] == N else 0, column)
     plan = launch.isolate(C)
-    with runtime.on_device(patch_logits):
-        runtime.launch(
-            _isolate_kernel,
-            (B * plan.blocks(PATCHES=N),),
-            patch_logits,
-            uniform,
-            operands.halves,
-            operands.h,
+    runtime.launch(
+        _isolate_kernel,
+        (B * plan.blocks(PATCHES=N), 1, 1),
+        (patch_logits, uniform, operands.halves, operands.h),
+        (
             N,
             C,
             *runtime.strides(patch_logits),
-            *runtime.strides(uniform),
-            operands.halves.stride(0),
-            operands.halves.shape[-1],
-            HAS_UNIFORM=uniform_logits is not None,
-            COSINE=cosine,
-            **plan.arguments(),
-        )
+            *uniform_strides,
+            B * N * padded_C,
+            padded_C,
+        ),
+        plan,
+        HAS_UNIFORM=uniform_logits is not None,
+        COSINE=cosine,
+    )
     return operands

@@ -15,9 +15,12 @@ import torch
 from fsa_kernels import runtime
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Launch:
-    """Constants and resources of one compiled kernel."""
+    """Constants and resources of one compiled kernel.
+
+    Told apart by identity: the functions below return the same object for the same sizes.
+    """
 
     constants: dict[str, int]
     num_warps: int

@@ -242,16 +242,11 @@ def predict(
     programs = B * plan.blocks(PATCHES=N)
     size = 0 if plan.constants["WHOLE"] else programs * plan.constants["ROWS"] * padded_C
     logits = torch.empty((size,), dtype=torch.float32, device=features.device)
-    with runtime.on_device(features):
-        runtime.launch(
-            _predict_kernel,
-            (programs,),
-            features,
-            uniform,
-            text_features,
-            logits,
-            operands.halves,
-            operands.h,
+    runtime.launch(
+        _predict_kernel,
+        (programs, 1, 1),
+        (features, uniform, text_features, logits, operands.halves, operands.h),
+        (
             N,
             C,
             E,
@@ -260,11 +255,12 @@ def predict(
             *runtime.strides(features),
             *runtime.strides(uniform),
             *text_features.stride(),
-            operands.halves.stride(0),
+            B * N * padded_C,
             padded_C,
-            UNIFORM_ROW=uniform_row,
-            UNIFORM_TILE=uniform_tile,
-            COSINE=cosine,
-            **plan.arguments(),
-        )
+        ),
+        plan,
+        UNIFORM_ROW=uniform_row,
+        UNIFORM_TILE=uniform_tile,
+        COSINE=cosine,
+    )
     return operands

@@ -255,30 +255,20 @@ def prepare(features: Tensor, *, shift: float, gain: float, stored: bool) -> Sta
     rows = launch.normalise(F)
     blocks = rows.blocks(BLOCK_N=N)
     sums = level.new_empty((B * blocks, padded_F))
-    with runtime.on_device(features):
-        runtime.launch(
-            _normalise_kernel,
-            (B * blocks,),
-            features,
-            unit,
-            sums,
-            N,
-            F,
-            *runtime.strides(features),
-            padded_F,
-            **rows.arguments(),
-        )
-        runtime.launch(
-            _level_kernel,
-            (B,),
-            sums,
-            level,
-            N,
-            blocks,
-            float(shift),
-            padded_F,
-            **launch.level(F).arguments(),
-        )
+    runtime.launch(
+        _normalise_kernel,
+        (B * blocks, 1, 1),
+        (features, unit, sums),
+        (N, F, *runtime.strides(features), padded_F),
+        rows,
+    )
+    runtime.launch(
+        _level_kernel,
+        (B, 1, 1),
+        (sums, level),
+        (N, blocks, float(shift), padded_F),
+        launch.level(F),
+    )
     if not stored:
         return unit, level
     return _weights(unit, level, 0, N + 1, gain, launch.weights_dtype(features.dtype))
@@ -344,23 +334,14 @@ def _weights(
     tiles_n = padded_N // launch.WEIGHTS_TILE
     weights = torch.empty((B, rows, padded_N), dtype=dtype, device=unit.device)
     masses = torch.empty((B, tiles_n, rows), dtype=torch.float32, device=unit.device)
-    with runtime.on_device(unit):
-        runtime.launch(
-            _affinity_kernel,
-            (B * plan.blocks(BLOCK_M=rows, BLOCK_N=N),),
-            unit,
-            level,
-            weights,
-            masses,
-            N,
-            first_row,
-            rows,
-            float(gain),
-            padded_F,
-            padded_N,
-            DOT_PRECISION=_dot_precision(unit.dtype),
-            **plan.arguments(),
-        )
+    runtime.launch(
+        _affinity_kernel,
+        (B * plan.blocks(BLOCK_M=rows, BLOCK_N=N), 1, 1),
+        (unit, level, weights, masses),
+        (N, first_row, rows, float(gain), padded_F, padded_N),
+        plan,
+        DOT_PRECISION=_dot_precision(unit.dtype),
+    )
     return weights, masses
 
 
@@ -382,17 +363,13 @@ def _apply(
     B, N, D = value.shape
     rows = weights.shape[1]
     wanted = min(rows, out.shape[1] - first_row)
+    added = value if add is None else add
     plan = launch.apply_affinity(B * N, D, value.dtype, gather=gathers is not None)
-    with runtime.on_device(value):
-        runtime.launch(
-            _apply_kernel,
-            (B * plan.blocks(BLOCK_M=wanted, BLOCK_D=D),),
-            weights,
-            masses,
-            value,
-            value if add is None else add,
-            out,
-            columns,
+    runtime.launch(
+        _apply_kernel,
+        (B * plan.blocks(BLOCK_M=wanted, BLOCK_D=D), 1, 1),
+        (weights, masses, value, added, out, columns),
+        (
             N,
             D,
             first_row,
@@ -400,15 +377,16 @@ def _apply(
             wanted,
             scale,
             *runtime.strides(value),
-            *runtime.strides(value if add is None else add),
+            *runtime.strides(added),
             weights.stride(1),
-            ADD=add is not None,
-            FIRST=first,
-            SECOND=second,
-            DOT_PRECISION=_dot_precision(value.dtype),
-            WEIGHTS_TILE=launch.WEIGHTS_TILE,
-            **plan.arguments(),
-        )
+        ),
+        plan,
+        ADD=add is not None,
+        FIRST=first,
+        SECOND=second,
+        DOT_PRECISION=_dot_precision(value.dtype),
+        WEIGHTS_TILE=launch.WEIGHTS_TILE,
+    )
 
 
 def _dot_precision(dtype: torch.dtype) -> str:

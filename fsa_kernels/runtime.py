@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from fsa_kernels.launch import Launch
 
 # Looked for once: a compiler that traces `available` cannot follow the search.
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -23,13 +25,6 @@ def available() -> bool:
 def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def on_device(tensor: torch.Tensor) -> AbstractContextManager:
-    """Makes the tensor's GPU the current one; Triton launches on the current one."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
 
 
 def strides(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -46,6 +41,8 @@ _OLDEST_DIRECT, _NEWEST_DIRECT = (3, 6), (3, 9)
 
 # What each specialisation compiled to, with its constants in the order of the parameters.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+# Sizes are part of the key; who sees ever new ones starts anew.
+_MOST_COMPILED = 4096
 
 
 @lru_cache(maxsize=1)
@@ -56,43 +53,79 @@ def _launches_directly() -> bool:
     return _OLDEST_DIRECT <= release <= _NEWEST_DIRECT
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """`kernel[grid](*arguments, **constants)` with less Python in it from the second time on.
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: tuple[torch.Tensor, ...],
+    numbers: tuple[int | float, ...],
+    plan: Launch,
+    **flags: Any,
+) -> None:
+    """`kernel[grid](*tensors, *numbers, **flags, **plan.arguments())`, on the tensors' GPU, with
+    less Python in it from the second time on.
 
     Triton looks at every argument of every launch to find what it compiled for arguments like
-    these, which takes longer than the launch. This finds it by a key that tells apart at least what
-    Triton tells apart: the types of arguments; whether an integer is 1, a multiple of 16 or wider
-    than 32 bits; whether a pointer is aligned to 16 bytes; the current device; all constants.
+    these, which takes longer than the launch. This finds it by the numbers themselves and the rest
+    of what Triton tells apart: the type of a tensor, whether its address is a multiple of 16, the
+    device, all constants.
 
     Args:
         kernel: a function under `triton.jit` whose constants are its last parameters.
-        grid: how many programs there are in each of three dimensions.
-        arguments: tensors, integers and floats, in the order of the parameters.
-        constants: the compile-time constants, and options such as num_warps.
+        grid: how many programs there are.
+        tensors: of one device.
+        numbers: each of one type, int or float, at every call of the kernel.
+        plan: of the launch table, which returns the same object for the same sizes.
+        flags: the compile-time constants that the plan does not hold, always in one order.
     """
-    if not _launches_directly():
-        kernel[grid](*arguments, **constants)
+    device = tensors[0].get_device()
+    # Triton launches on the current GPU.
+    if device >= 0 and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, tensors, numbers, plan, **flags)
         return
-    key: list[Any] = [id(kernel), torch.cuda.current_device()]
-    for argument in arguments:
-        kind = type(argument)
-        if kind is int:
-            if argument == 1:
-                key.append(1)
-            else:
-                key.append((argument % 16 == 0, -(2**31) <= argument < 2**31))
-        elif kind is float:
-            key.append(kind)
-        else:
-            key.append((argument.dtype, argument.data_ptr() % 16 == 0))
-    key.extend(constants.values())
-    found = _compiled.get(tuple(key))
-    if found is None:
-        compiled = kernel[grid](*arguments, **constants)
+    if not _launches_directly():
+        kernel[grid](*tensors, *numbers, **flags, **plan.arguments())
+        return
+    traits: list[Any] = [id(kernel), device, plan, numbers, *flags.values()]
+    for tensor in tensors:
+        traits += (tensor.dtype, tensor.data_ptr() % 16 == 0)
+    key = tuple(traits)
+    found = _compiled.get(key)
+    if found is None or _hooked():
+        constants = {**flags, **plan.arguments()}
+        compiled = kernel[grid](*tensors, *numbers, **constants)
         # A hook of Triton's may have kept it from compiling.
         if compiled is not None:
-            names = kernel.arg_names[len(arguments) :]
-            _compiled[tuple(key)] = compiled, tuple(constants[name] for name in names)
+            if len(_compiled) >= _MOST_COMPILED:
+                _compiled.clear()
+            names = kernel.arg_names[len(tensors) + len(numbers) :]
+            _compiled[key] = compiled, tuple(constants[name] for name in names)
         return
     compiled, values = found
-    compiled[(*grid, 1, 1)[:3]](*arguments, *values)
+    stream = _triton().runtime.driver.active.get_current_stream(device)
+    # The three that are None are for hooks.
+    compiled.run(
+        *grid,
+        stream,
+        compiled.function,
+        compiled.packed_metadata,
+        None,
+        None,
+        None,
+        *tensors,
+        *numbers,
+        *values,
+    )
+
+
+@lru_cache(maxsize=1)
+def _triton() -> Any:
+    import triton
+
+    return triton
+
+
+def _hooked() -> bool:
+    """Whether something, such as a profiler, has asked Triton to be called at launches."""
+    hooks = _triton().knobs.runtime
+    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)

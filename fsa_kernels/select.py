@@ -271,15 +271,14 @@ def _select_kernel(
         threshold, room = _limited(limit, largest, N)
 
     # What is kept has bits >= cut. Ties are counted only where some but not all of them are kept.
-    key = _bits(S)
     cut = _bits(threshold)
     if room < 1.0:
         cut += 1
     elif room < N:
-        tied = key == cut
-        key = tl.where(tied & (tl.cumsum(tied.to(tl.int32), axis=0) > room), -1, key)
+        tied = _bits(S) == cut
+        S = tl.where(tied & (tl.cumsum(tied.to(tl.int32), axis=0) > room), ABSENT, S)
 
-    exponential = tl.where(key >= cut, _exponentials(S, largest, beta, SCALING), 0.0)
+    exponential = tl.where(_bits(S) >= cut, _exponentials(S, largest, beta, SCALING), 0.0)
     scale = _normaliser(tl.sum(exponential, axis=0), h_ptr, N, first_row, rows)
     # Every thread has read its part of S before this: the sum above took all of them.
     _store(out_ptr, stride_row, j, exponential * scale, padded_N)
@@ -410,22 +409,13 @@ def select(
         kernel, plan = _select_kernel, launch.select(N)
     else:
         kernel, plan = _select_long_kernel, launch.select_long()
-    with runtime.on_device(S):
-        runtime.launch(
-            kernel,
-            (B * rows,),
-            S,
-            h,
-            out,
-            N,
-            first_row,
-            rows,
-            padded_N,
-            out.stride(1),
-            float(options.beta),
-            float(limit),
-            PRUNING=_PRUNINGS[options.pruning],
-            SCALING=options.scaling,
-            **plan.arguments(),
-        )
+    runtime.launch(
+        kernel,
+        (B * rows, 1, 1),
+        (S, h, out),
+        (N, first_row, rows, padded_N, out.stride(1), float(options.beta), float(limit)),
+        plan,
+        PRUNING=_PRUNINGS[options.pruning],
+        SCALING=options.scaling,
+    )
     return out[:, :, :N]

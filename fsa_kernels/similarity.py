@@ -88,26 +88,18 @@ def similarity(
     Returns:
         S; `ABSENT` where the column's patch has logits that are not finite, and in the padding.
     """
-    B, N = operands.h.shape
+    _, B, N, padded_C = operands.halves.shape
     padded_N = launch.padded_row(N)
     S = torch.empty((B, rows, padded_N), dtype=torch.float32, device=operands.h.device)
     plan = launch.similarity(N)
-    with runtime.on_device(S):
-        runtime.launch(
-            _similarity_kernel,
-            (B * plan.blocks(BLOCK_M=rows, BLOCK_N=N),),
-            operands.halves,
-            operands.h,
-            S,
-            N,
-            first_row,
-            rows,
-            operands.halves.stride(0),
-            operands.halves.shape[-1],
-            padded_N,
-            COSINE=cosine,
-            EXACT=exact,
-            BLOCK_K=launch.CLASS_STEP,
-            **plan.arguments(),
-        )
+    runtime.launch(
+        _similarity_kernel,
+        (B * plan.blocks(BLOCK_M=rows, BLOCK_N=N), 1, 1),
+        (*operands, S),
+        (N, first_row, rows, B * N * padded_C, padded_C, padded_N),
+        plan,
+        COSINE=cosine,
+        EXACT=exact,
+        BLOCK_K=launch.CLASS_STEP,
+    )
     return S

@@ -277,6 +277,17 @@ def exhaustive() -> Iterator[KernelCall]:
         yield KernelCall(
             f"features {dtype} {uniform}", from_features(1, 196, 171, uniform=uniform, dtype=dtype)
         )
+    # Each of these numbers of classes has tiles of its own, aligned or not.
+    for C, dtype, uniform in itertools.product(
+        (19, 32, 59, 64, 80, 128, 150, 256, 257, 512, 847), types, ("one", "each", None)
+    ):
+        yield KernelCall(
+            f"logits C={C} {dtype} {uniform}", from_logits(1, 196, C, uniform=uniform, dtype=dtype)
+        )
+        yield KernelCall(
+            f"features C={C} {dtype} {uniform}",
+            from_features(1, 196, C, uniform=uniform, dtype=dtype),
+        )
     for N, C, E in ((1, 1, 1), (1, 1, 512), (2, 1, 2), (17, 3, 1), (17, 1, 33)):
         yield KernelCall(f"features N={N} C={C} E={E}", from_features(1, N, C, E))
     for layout in ("transposed", "transposed texts"):
@@ -304,6 +315,11 @@ def exhaustive() -> Iterator[KernelCall]:
 
     for dtype, stored in itertools.product(types, (True, False)):
         yield KernelCall(f"ProxyCLIP {dtype} {stored}", proxied(1, 784, dtype=dtype, stored=stored))
+    for terms, dtype, stored in itertools.product(every_adaptations(), types, (True, False)):
+        yield KernelCall(
+            f"ProxyCLIP {terms} {dtype} {stored}",
+            proxied(1, 784, dtype=dtype, stored=stored, adaptations=terms),
+        )
     for B, N, F, D in ((1, 1, 1, 1), (2, 2, 1, 1), (1, 1, 3, 5), (1, 17, 1, 1), (2, 17, 16, 16)):
         for dtype, layout in itertools.product((HALF, SINGLE), ("host", "plain")):
             yield KernelCall(

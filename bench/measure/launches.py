@@ -51,6 +51,7 @@ from bench.rows.hosts import BACKBONES
 from bench.rows.pictures import clip_segmentor
 from fsa import hosts
 from fsa.models.guides import VFM, load_vfm
+from fsa.models.timm_tower import tower_of
 from fsa.models.tower import Tower
 
 DEVICE = torch.device("cuda", 0)
@@ -316,7 +317,7 @@ def launches(
         if vfm is not None:
             _vfm_on_device(vfm, dtype)
         windows = torch.empty((1, 3, side, side), dtype=dtype, device=DEVICE)
-        text = torch.empty((C, visual.output_dim), device=DEVICE)
+        text = torch.empty((C, tower_of(visual).output_dim), device=DEVICE)
         segmentor = clip_segmentor(host, visual, text, vfm, feedback)
         # As `Segmentor.segment` runs it; ops made of others come whole only in this mode.
         with triton_launches(counted.add, run=False), torch.inference_mode(), counted:

@@ -19,7 +19,7 @@ machine still makes them longer, by the caches that it takes. Sizes are tiny, si
 ops - products, concatenations - are computed on the CPU here, and their arithmetic must not count.
 What only a GPU adds is left out: a product's launch by cuBLAS, the driver's share of a launch, and
 asking which GPU is the current one. What only the CPU adds is taken out: looking whether an input
-is finite.
+is finite, and widening the operands of a product.
 """
 
 from __future__ import annotations
@@ -110,33 +110,46 @@ def _one(call: Callable[[], Any]) -> float:
 
 @contextmanager
 def _launches_left_out() -> Iterator[None]:
-    """Kernels are called and do nothing, not even bind what they are given."""
-    import triton
+    """Kernels are called and do nothing, not even look at what they are given."""
+    from fsa_kernels import runtime
 
     def nothing(*args: Any, **options: Any) -> None:
         return None
 
-    with mock.patch.object(triton.JITFunction, "run", nothing):
+    with mock.patch.object(runtime, "launch", nothing):
         yield
 
 
 @contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """Tensors of the CPU are taken by the kernels, and not looked at for what is not finite."""
+    """Tensors of the CPU are taken by the kernels and multiplied at once, as a GPU multiplies
+    halves; they are not looked at for what is not finite."""
     import torch
 
-    # Read at each call; the kernels were imported as kernels before.
-    os.environ["TRITON_INTERPRET"] = "1"
-    every = torch.ones((), dtype=torch.bool)
+    import fsa_kernels
+    from fsa.ops import functional, library, torch_backend
 
-    def finite(tensor: torch.Tensor) -> torch.Tensor:
-        return every
+    def interpreting() -> bool:
+        return True
 
-    try:
-        with mock.patch.object(torch.Tensor, "isfinite", finite):
-            yield
-    finally:
-        del os.environ["TRITON_INTERPRET"]
+    def only_ask_where(name: str, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "cpu"
+
+    def only_ask_where_result(result: torch.Tensor, inputs: dict[str, Any]) -> bool:
+        return result.device.type == "cpu"
+
+    def one_product(weights: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        return torch.bmm(weights, columns.to(weights.dtype))
+
+    # Only the choice of the backend is told so: what launches must know that nothing interprets.
+    with (
+        mock.patch.object(fsa_kernels, "interpreting", interpreting),
+        mock.patch.object(library, "check_finite", only_ask_where),
+        mock.patch.object(library, "check_finite_product", only_ask_where_result),
+        mock.patch.object(functional, "check_finite_product", only_ask_where_result),
+        mock.patch.object(torch_backend, "_rows_times", one_product),
+    ):
+        yield
 
 
 def calls() -> dict[str, Callable[[], Any]]:
@@ -147,16 +160,18 @@ def calls() -> dict[str, Callable[[], Any]]:
 
     torch.manual_seed(0)
     logits = torch.randn(1, _N, _C).half()
+    uniform = logits[:, :1]
     features = torch.randn(1, _N + 1, _E).half()
+    of_patches, of_uniform = features[:, :_N], features[:, _N:]
     text = torch.nn.functional.normalize(torch.randn(_C, _E), dim=-1)
     config = fsa.FSAConfig()
 
     return {
         "feedback_attention from logits": lambda: fsa.feedback_attention(
-            logits, logits[:, :1], backend="triton"
+            logits, uniform, backend="triton"
         ),
         "feedback_attention from features": lambda: fsa.feedback_attention(
-            features[:, :_N], features[:, _N:], text_features=text, backend="triton"
+            of_patches, of_uniform, text_features=text, backend="triton"
         ),
         **_host("clearclip", text, config),
         **_host("proxyclip", text, config),
@@ -267,8 +282,6 @@ def main(arguments: Sequence[str]) -> int:
     }
     if options.out is not None:
         require_publishable(record, options.out)
-    # While they are imported, kernels must not become interpreted ones.
-    driver.kernels()
     torch.set_num_threads(1)
     with torch.inference_mode(), _as_on_a_gpu():
         costs = [cost(name, call, on, options.rounds) for name, call in calls().items()]

@@ -2,11 +2,16 @@
 
     python -m bench cpu|gpu [--only op,step,host,picture,memory,numerics] [--budget SECONDS]
                             [--out FILE] [--commit NAME]
+    python -m bench cpu --only dtypes [--photographs FOLDER]
     python -m bench gpu --rehearse [--out FOLDER]
 
 Exits with 1 where this library failed, or was less exact than the tests allow. With --only, what
 the file holds from the same commit, machine and versions stays, so that a run can come in parts. A
 result for bench/results needs code that is committed.
+
+"dtypes" compares float32 and bfloat16 on the CPU: a window, a feedback step, and the labels of the
+embedded model on the shipped pictures ("labels" stands for these alone). --photographs adds the
+pictures of a folder with images/ and classes.txt, as `fsa eval folder` takes it.
 
 A session with a GPU, each command within ten minutes:
 
@@ -36,8 +41,8 @@ from bench.measure.worker import Worker
 from bench.rows import registry
 from bench.rows.contenders import MEASURES, Job, is_ours
 
-KINDS = ("op", "step", "host", "picture")
-ONLY = (*KINDS, "memory", "numerics")
+KINDS = ("op", "step", "host", "picture", "dtypes")
+ONLY = (*KINDS, "memory", "numerics", "labels")
 
 # Where the tests lie that matter on a GPU: of kernels, ops, compilation and CUDA graphs.
 GPU_TESTS = ("tests/kernels", "tests/ops", "tests/segment/test_graphs.py")
@@ -70,6 +75,7 @@ def main(arguments: Sequence[str], *, rehearsed: Callable[[], None] | None = Non
     parser.add_argument("--budget", type=float, default=450, help="seconds; default 450")
     parser.add_argument("--out", type=Path, help="default bench/results/{cpu,gpu}.json")
     parser.add_argument("--commit", help="to record, where the code was copied without its history")
+    parser.add_argument("--photographs", type=Path, metavar="FOLDER", help="for the labels")
     parser.add_argument("--rehearse", action="store_true", help="a session, without a GPU")
     options = parser.parse_args(arguments)
     on_gpu = options.what == "gpu"
@@ -79,10 +85,15 @@ def main(arguments: Sequence[str], *, rehearsed: Callable[[], None] | None = Non
         from bench.measure import rehearsal
 
         return rehearsal.rehearse(options.out)
+    jobs = registry.GPU if on_gpu else registry.CPU
+    if options.photographs is not None:
+        if on_gpu:
+            parser.error("--photographs is of `bench cpu`")
+        jobs += registry.labels(options.photographs)
     if on_gpu and not torch.cuda.is_available():
         raise SystemExit("no CUDA device: `python -m bench gpu` needs one; --rehearse needs none")
     record = run(
-        registry.GPU if on_gpu else registry.CPU,
+        jobs,
         options.out or RESULTS / f"{options.what}.json",
         device=torch.device("cuda", 0) if on_gpu else torch.device("cpu"),
         # A rehearsal computes on the CPU, where halves take minutes.
@@ -200,8 +211,8 @@ def narrowed(jobs: Sequence[Job], only: Sequence[str]) -> list[Job]:
 
     Args:
         jobs: all.
-        only: of `ONLY`. Kinds leave the rows of these kinds, all kinds where none is named; memory
-            and numerics leave these measures, and the time where kinds are named too.
+        only: of `ONLY`. Kinds leave the rows of these kinds, all kinds where none is named; memory,
+            numerics and labels leave these measures, and the time where kinds are named too.
     """
     kinds = set(only) & set(KINDS)
     measures = set(only) - kinds

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from bench.measure import memory, numerics, timing
-from bench.rows.contenders import Call, Job, Row, describe, failure, release, synchronise
+from bench.rows.contenders import SHARES, Call, Job, Row, describe, failure, release, synchronise
 from bench.rows.hosts import HostRow
 from bench.rows.op import OpRow
 
@@ -94,6 +94,8 @@ def measure(
             synchronise(device)
             # With compilation, where there is any.
             entries[name]["first_call_s"] = round(time.perf_counter() - began, 3)
+            if "labels" in job.measures:
+                entries[name]["labels"] = dict(zip(SHARES, result.tolist(), strict=True))
             if judge is not None:
                 entries[name]["numerics"] = judge(name, result)
             del result

@@ -13,9 +13,11 @@ from bench.environment import unpublishable
 Entry = dict[str, Any]
 Record = dict[str, Any]
 
+NAMES = ("cpu", "gpu", "launches", "dtypes")
+
 
 def load(name: str, folder: Path = RESULTS) -> Record | None:
-    """The results of "cpu", "gpu" or "launches", or None where nothing was measured."""
+    """The results of one of `NAMES`, or None where nothing was measured."""
     file = folder / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else None
 

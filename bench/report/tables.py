@@ -17,15 +17,15 @@ from pathlib import Path
 
 from bench import FOLDER, RESULTS, ROOT
 from bench.quality import tables as quality_tables
-from bench.report import h200
+from bench.report import dtypes, h200
 from bench.report import results_data as data
+from bench.report.markdown import NOT_MEASURED, caption, number, table
 from bench.report.marks import marks
 from bench.report.paper import LATENCY_MS, overhead
 from bench.report.predicted import predictions
 from bench.report.results_data import Record
 
 PAGE = FOLDER / "RESULTS.md"
-NOT_MEASURED = "not measured"
 
 _WAYS = ("fsa stored", "fsa streamed")
 _ORDER = ("published", "algebra", "torch.compile", "flashinfer", "fsa torch", "fsa triton")
@@ -72,12 +72,12 @@ def speed_table(
     for row in rows:
         cells = [_time_cells(row, name, figures) for name in present]
         speedups = [
-            _number(data.ratio(time(row, name), time(row, ours)), "×")
+            number(data.ratio(time(row, name), time(row, ours)), "×")
             for name in ("published", "torch.compile")
         ]
         lines.append([row["name"], *cells, *speedups])
     header = ["row", *present, f"{ours} over published", "over torch.compile"]
-    return f"{_table(header, lines)}\n\n{_caption(record, _named(figures))}"
+    return f"{table(header, lines)}\n\n{caption(record, _named(figures))}"
 
 
 def host_table(record: Record | None, figures: Sequence[str] = ("series",)) -> str:
@@ -88,7 +88,7 @@ def host_table(record: Record | None, figures: Sequence[str] = ("series",)) -> s
     times = [partial(data.median, figure=figure) for figure in figures]
 
     def each(value: Callable[[Callable[..., float | None]], float | None], unit: str) -> str:
-        return _beside(_number(value(time), unit) for time in times)
+        return _beside(number(value(time), unit) for time in times)
 
     lines = [
         [
@@ -96,7 +96,7 @@ def host_table(record: Record | None, figures: Sequence[str] = ("series",)) -> s
             *(_time_cells(row, name, figures) for name in MODES),
             each(partial(data.overhead, row, "published"), "%"),
             each(partial(data.overhead, row, "fsa"), "%"),
-            _number(overhead(row["host"], row["backbone"]), "%"),
+            number(overhead(row["host"], row["backbone"]), "%"),
             each(lambda time, row=row: data.ratio(time(row, MODES[0]), time(row, MODES[3])), "×"),
         ]
         for row in rows
@@ -109,7 +109,7 @@ def host_table(record: Record | None, figures: Sequence[str] = ("series",)) -> s
         "FSA adds, by the paper",
         "published baseline over + FSA here",
     ]
-    return f"{_table(header, lines)}\n\n{_caption(record, _named(figures))}"
+    return f"{table(header, lines)}\n\n{caption(record, _named(figures))}"
 
 
 def picture_table(record: Record | None) -> str:
@@ -121,7 +121,7 @@ def picture_table(record: Record | None) -> str:
         [
             row["name"],
             *(_time_cells(row, name, ("series",)) for name in MODES),
-            _number(
+            number(
                 data.ratio(*(data.median(row, f"{who} on") for who in ("published", "fsa"))), "×"
             ),
         ]
@@ -129,7 +129,7 @@ def picture_table(record: Record | None) -> str:
     ]
     header = ["picture (window/stride)", *_MODE_TITLES, "speedup"]
     note = "from a decoded picture to labels in main memory; the speedup is with FSA"
-    return f"{_table(header, lines)}\n\n{_caption(record, note)}"
+    return f"{table(header, lines)}\n\n{caption(record, note)}"
 
 
 def memory_table(record: Record | None) -> str:
@@ -146,7 +146,7 @@ def memory_table(record: Record | None) -> str:
         for row in rows
     ]
     note = "MiB, the result included, the inputs not"
-    return f"{_table(['row', *present], lines)}\n\n{_caption(record, note, times=False)}"
+    return f"{table(['row', *present], lines)}\n\n{caption(record, note, times=False)}"
 
 
 def numerics_table(record: Record | None) -> str:
@@ -170,7 +170,7 @@ def numerics_table(record: Record | None) -> str:
         "the whole result's relative error against float64, and the share of pruning decisions "
         "that differ; of a batch the first and the last image"
     )
-    return f"{_table(['row', *present], lines)}\n\n{_caption(record, note, times=False)}"
+    return f"{table(['row', *present], lines)}\n\n{caption(record, note, times=False)}"
 
 
 def host_numerics_table(record: Record | None) -> str:
@@ -189,7 +189,7 @@ def host_numerics_table(record: Record | None) -> str:
         "of plain PyTorch"
     )
     header = ["host", *_MODE_TITLES]
-    return f"{_table(header, lines)}\n\n{_caption(record, note, times=False)}"
+    return f"{table(header, lines)}\n\n{caption(record, note, times=False)}"
 
 
 def marks_table(record: Record | None, launches: Record | None = None) -> str:
@@ -198,15 +198,15 @@ def marks_table(record: Record | None, launches: Record | None = None) -> str:
         [
             mark.text,
             f"{'≥' if mark.at_least else '≤'} {mark.limit:g} {mark.unit}".strip(),
-            _number(mark.value, mark.unit),
+            number(mark.value, mark.unit),
             mark.verdict,
         ]
         for mark in marks(record, launches)
     ]
-    table = _table(["mark", "limit", "measured", ""], lines)
+    made = table(["mark", "limit", "measured", ""], lines)
     if record is None:
-        return table
-    return f"{table}\n\n{_caption(record, 'op rows: the work of the device, from a CUDA graph')}"
+        return made
+    return f"{made}\n\n{caption(record, 'op rows: the work of the device, from a CUDA graph')}"
 
 
 def launches_table(record: Record | None) -> str:
@@ -218,8 +218,8 @@ def launches_table(record: Record | None) -> str:
     for host, modes in counted.items():
         off, on = (sum(modes[mode]["launches"].values()) for mode in ("off", "on"))
         lines.append([host, str(off), str(on), str(on - off)])
-    table = _table(["host", "baseline", "with FSA", "FSA adds"], lines)
-    return f"{table}\n\n{backbone}, {_counted(record)}"
+    made = table(["host", "baseline", "with FSA", "FSA adds"], lines)
+    return f"{made}\n\n{backbone}, {_counted(record)}"
 
 
 def predicted_table(record: Record | None) -> str:
@@ -237,7 +237,7 @@ def predicted_table(record: Record | None) -> str:
             f"{(one.on.products - one.off.products) / 1e9:.1f}",
             f"{1e6 * (one.on.floor - one.off.floor):.0f}",
             " / ".join(f"{one.overhead(cost):.1f}%" for cost in costs),
-            _number(overhead(one.host, one.backbone), "%"),
+            number(overhead(one.host, one.backbone), "%"),
         ]
         for one in found
     ]
@@ -260,7 +260,7 @@ def predicted_table(record: Record | None) -> str:
         "once, whatever stays in the cache. No op reaches its floor, so a ratio of such times says "
         "where FSA's cost should lie, and no more"
     )
-    return f"{_table(header, lines)}\n\n{method}. {_counted(record)}"
+    return f"{table(header, lines)}\n\n{method}. {_counted(record)}"
 
 
 def _counted(record: Record) -> str:
@@ -277,7 +277,7 @@ def paper_table() -> str:
         [f"{host} {backbone}", f"{off}", f"{on}", f"{overhead(host, backbone):.1f}%"]
         for (host, backbone), (off, on) in LATENCY_MS.items()
     ]
-    return _table(["host", "baseline, ms", "with FSA, ms", "FSA adds"], lines)
+    return table(["host", "baseline, ms", "with FSA, ms", "FSA adds"], lines)
 
 
 def _timed(record: Record | None, *kinds: str) -> list[Record]:
@@ -339,34 +339,6 @@ def _named(figures: Sequence[str]) -> str:
     return " / ".join(_FIGURES[figure] for figure in figures)
 
 
-def _number(value: float | None, unit: str) -> str:
-    if value is None:
-        return NOT_MEASURED
-    space = " " if unit and unit not in "×%" else ""
-    digits = f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
-    return f"{digits}{space}{unit}"
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rows = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([f"| {' | '.join(header)} |", f"|---|{'---:|' * (len(header) - 1)}", *rows])
-
-
-def _caption(record: Record, note: str, *, times: bool = True) -> str:
-    env = record["environment"]
-    machine = env["gpu"] or f"{env['processor']}, CPU threads: {env['cpu_threads']}"
-    versions = ", ".join(
-        f"{name} {env[name]}" for name in ("torch", "triton", "open_clip_torch") if env[name]
-    )
-    head = "Medians in ms, " if times else ""
-    if env.get("driver"):
-        versions += f", driver {env['driver']}"
-    return (
-        f"{head}{note}. {record['dtype']}, {machine}, {versions}, {data.commit_text(record)}, "
-        f"{env['date'][:10]}, `{env['command']}`."
-    )
-
-
 def _not_begun(record: Record | None) -> str:
     if record is None or not record["not_begun"]:
         return "Every row was begun."
@@ -374,13 +346,17 @@ def _not_begun(record: Record | None) -> str:
 
 
 def tables(
-    cpu: Record | None, gpu: Record | None, launches: Record | None = None
+    cpu: Record | None,
+    gpu: Record | None,
+    launches: Record | None = None,
+    types: Record | None = None,
 ) -> dict[str, str]:
     """marker -> Markdown.
 
     Args:
         cpu, gpu: what `python -m bench cpu` and `gpu` wrote.
         launches: what `python -m bench launches` did.
+        types: what `python -m bench cpu --only dtypes` did, where `cpu` has none of it.
     """
     made = {
         "paper": paper_table(),
@@ -404,7 +380,8 @@ def tables(
             f"numerics-{name}": numerics_table(record),
             f"not-begun-{name}": _not_begun(record) if record else NOT_MEASURED,
         }
-    return made | quality_tables.tables()
+    compared = cpu if cpu is not None and data.rows(cpu, "dtypes") else types
+    return made | dtypes.tables(compared) | quality_tables.tables()
 
 
 def fill(text: str, made: dict[str, str]) -> str:
@@ -430,8 +407,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="default bench/results")
     folder = parser.parse_args(arguments[1:]).results
-    cpu, gpu, launches = (data.load(name, folder) for name in ("cpu", "gpu", "launches"))
-    made = tables(cpu, gpu, launches)
+    cpu, gpu, launches, types = (data.load(name, folder) for name in data.NAMES)
+    made = tables(cpu, gpu, launches, types)
     if folder.resolve() == RESULTS.resolve():
         for file in pages():
             file.write_text(fill(file.read_text(), made))

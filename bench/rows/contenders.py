@@ -15,7 +15,10 @@ from torch import Tensor
 Call = Callable[[], Tensor]
 Build = Callable[[], Call]
 
-MEASURES = ("time", "numerics", "memory")
+MEASURES = ("time", "numerics", "memory", "labels")
+
+# What a call that compares labels returns: of all pixels, and of the picture where it is lowest.
+SHARES = ("equal", "lowest")
 
 
 class DoesNotFit(Exception):
@@ -29,11 +32,11 @@ class NotInstalled(Exception):
 class Row(ABC):
     """One line of the benchmark: a problem, and several ways of solving it.
 
-    Subclasses are frozen dataclasses whose fields are numbers and strings, so that a row can be
-    sent to another process and written down.
+    Subclasses are frozen dataclasses whose fields are numbers, strings and paths, so that a row can
+    be sent to another process and written down.
 
     Attributes:
-        kind: "op", "step", "host" or "picture".
+        kind: "op", "step", "host", "picture" or "dtypes".
         graphs: whether a call can be captured in a CUDA graph.
     """
 
@@ -127,5 +130,8 @@ def synchronise(device: torch.device) -> None:
 
 
 def describe(row: Row) -> dict[str, Any]:
-    """A row as data."""
-    return {"kind": row.kind, "name": row.name, **vars(row)}
+    """A row as data. Of a path its last name: where it lies is of no interest elsewhere."""
+    fields = {
+        name: value.name if isinstance(value, Path) else value for name, value in vars(row).items()
+    }
+    return {"kind": row.kind, "name": row.name, **fields}

@@ -97,14 +97,16 @@ def clip_segmentor(
 
     Args:
         host, feedback: as `fsa.load_segmentor` takes them.
-        visual: open_clip's vision tower.
+        visual: the vision tower of a model of open_clip's.
         text: of unit length, one query a class.
         vfm: for "proxyclip".
         name: of the model, by which the preset is chosen.
     """
+    built = fsa.hosts.build(host, visual)
     model = nn.Module()
     model.visual = visual
-    model.logit_scale = nn.Parameter(visual.proj.new_zeros(()), requires_grad=False)
+    scale = torch.zeros((), dtype=built.tower.dtype, device=built.tower.device)
+    model.logit_scale = nn.Parameter(scale, requires_grad=False)
     loaded = LoadedModel(
         model=model,
         tokenizer=None,
@@ -112,9 +114,8 @@ def clip_segmentor(
         pretrained="random",
         mean=open_clip.OPENAI_DATASET_MEAN,
         std=open_clip.OPENAI_DATASET_STD,
-        image_size=visual.image_size[0],
+        image_size=_side(visual),
     )
-    built = fsa.hosts.build(host, visual)
     return Segmentor(str(host), built, loaded, _KnownQueries(text), vfm, feedback)
 
 
@@ -145,6 +146,12 @@ def _published_segmentor(
         return labels.cpu()
 
     return run
+
+
+def _side(visual: nn.Module) -> int:
+    """Of the pictures that a vision tower was made for, in pixels."""
+    size = visual.image_size
+    return size if isinstance(size, int) else size[0]
 
 
 class _KnownQueries:

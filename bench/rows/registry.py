@@ -7,13 +7,16 @@ takes a process for every contender and comes in jobs of its own.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 from bench.rows.contenders import Job, Row
+from bench.rows.dtypes import LabelsRow, TypedStepRow, WindowRow
 from bench.rows.hosts import HostRow
 from bench.rows.op import OpRow
 from bench.rows.pictures import PictureRow
 
 HOSTS = ("proxyclip", "clearclip", "maskclip", "sclip")
+LABEL_HOSTS = ("clearclip", "sclip", "proxyclip", "pearl")
 PATCHES = (196, 441, 784, 1024, 1764, 4096, 8192)
 CLASSES = (21, 150, 171, 847)
 
@@ -92,6 +95,12 @@ _COVERAGE_GPU = [
 
 GPU: tuple[Job, ...] = _once([*MARKS_GPU, *_COVERAGE_GPU])
 
+
+def labels(folder: Path | None = None) -> tuple[Job, ...]:
+    """Rows of the labels in half precision, of the shipped pictures or of a folder's."""
+    return tuple(_jobs([LabelsRow(host, folder) for host in LABEL_HOSTS], ("labels",)))
+
+
 # What two cores do in about ten minutes.
 _CPU_PROXY_SIDE = 224
 CPU: tuple[Job, ...] = _once(
@@ -111,6 +120,8 @@ CPU: tuple[Job, ...] = _once(
             _TIME,
         ),
         *_jobs([_photograph("clearclip"), _street("clearclip")], _TIME),
+        *_jobs([WindowRow("ViT-B/16"), *(TypedStepRow(N) for N in (784, 1764))], _TIME),
+        *labels(),
         *_jobs([OpRow("op", 1, N, 171) for N in (1764, 4096, 16384)], ("memory",)),
         *_jobs(
             [OpRow("step", 1, N, 171, ways=N >= _WAYS_FROM) for N in (1764, 4096, 8192)],

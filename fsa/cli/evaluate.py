@@ -40,6 +40,7 @@ class GivenModel(options.ModelOptions):
     """As `ModelOptions`, but None where nothing was given, which --list does not ask for."""
 
     host: options.HostIfGiven = None  # type: ignore[assignment]
+    host_option: options.HostOption = None
     model: options.ModelIfGiven = None  # type: ignore[assignment]
 
     def with_defaults(self) -> options.ModelOptions:
@@ -227,7 +228,13 @@ def evaluate(
     try:
         group = processes.start()
         compute = replace(compute, device=processes.own_device(compute.device))
-        segmentor = options.load_segmentor(model, compute, of_feedback, feedback=feedback)
+        segmentor = options.load_segmentor(
+            model,
+            compute,
+            of_feedback,
+            feedback=feedback,
+            host_options=protocol.host_options(family, dataset, model.host.value),
+        )
         if not quiet and group.rank == 0:
             options.announce_dtype(compute.dtype, segmentor)
         on_gpu = segmentor.loaded.device.type == "cuda"

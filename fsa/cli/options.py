@@ -65,6 +65,14 @@ _HOST = typer.Option(
 _MODEL = typer.Option(help='"tiny" (embedded, the default), or an open_clip name such as ViT-B-16.')
 Host = Annotated[HostName, _HOST]
 HostIfGiven = Annotated[HostName | None, _HOST]
+HostOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="<name=value>",
+        help="A constant of the host, such as key_weight=0.3 for pearl; may be given several "
+        "times. A name that the host does not have is answered with those that it has.",
+    ),
+]
 Model = Annotated[str, _MODEL]
 ModelIfGiven = Annotated[str | None, _MODEL]
 Pretrained = Annotated[
@@ -160,6 +168,7 @@ class ModelOptions:
     """The host and the models behind it."""
 
     host: Host = DEFAULT_HOST
+    host_option: HostOption = None
     model: Model = "tiny"
     pretrained: Pretrained = None
     vfm: Vfm = None
@@ -205,6 +214,7 @@ def load_segmentor(
     changes: dict[str, float | None] | None = None,
     *,
     feedback: bool = True,
+    host_options: dict[str, Any] | None = None,
     **others: Any,
 ) -> Segmentor:
     """The segmentor that the options ask for.
@@ -213,6 +223,7 @@ def load_segmentor(
         model, compute: as they were given.
         changes: fields of the feedback; those that are None stay as published.
         feedback: False for the baseline.
+        host_options: of the host, where they were not given as --host-option.
         others: of `fsa.load_segmentor`, in place of what the options say.
 
     Raises:
@@ -222,9 +233,13 @@ def load_segmentor(
     from fsa.cli.startup import import_model_libraries
 
     import_model_libraries(model.model)
+    from fsa import hosts
     from fsa.segment.segmentor import load_segmentor
 
+    host = model.host.value
+    of_host = {**(host_options or {}), **hosts.parsed_options(host, model.host_option or ())}
     arguments: dict[str, Any] = {
+        "host_options": of_host,
         "vfm": model.vfm,
         "vfm_pretrained": model.vfm_pretrained,
         "feedback": feedback,
@@ -233,9 +248,7 @@ def load_segmentor(
     }
     if isinstance(compute, ComputeOptions):
         arguments |= {"dtype": compute.dtype, "backend": compute.backend.value}
-    segmentor = load_segmentor(
-        model.host.value, model.model, model.pretrained, **{**arguments, **others}
-    )
+    segmentor = load_segmentor(host, model.model, model.pretrained, **{**arguments, **others})
     given = {name: value for name, value in (changes or {}).items() if value is not None}
     if not given:
         return segmentor

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fsa.config import SEGMENTATION_SCALE
+from fsa.config import PEARL_KEY_WEIGHT_OF_SCENES, SEGMENTATION_SCALE
 from fsa.errors import InputError
 from fsa.evaluation.layouts import FOLDER, LAYOUTS, names
 
@@ -83,8 +83,8 @@ FAMILIES: dict[str, str] = {
     "clearclip": "ClearCLIP's published code: 448 / 448 / 224, Cityscapes 448 / 224 / 224",
     "clearclip-224": "ClearCLIP in SCLIP's windows, 448 / 224 / 112; its code has them nowhere",
     "naclip": "NACLIP's own: as SCLIP's, but VOC in one piece, one scale, and 10 steps of PAMR",
-    "pearl": "PEARL's own: NACLIP's sizes, and its propagation instead of PAMR; without the key "
-    "weight 0.3 that it has on ADE20K and Cityscapes",
+    "pearl": "PEARL's own: NACLIP's sizes, and its propagation instead of PAMR; on ADE20K and "
+    "Cityscapes the host pearl has key_weight=0.3",
     "tiny": "for the embedded model: 224 / 112 / 56, with FSA's thresholds",
 }
 """Short side / window / stride of each family of presets."""
@@ -105,6 +105,11 @@ _FAMILY_OF_HOST = {
     "qq": "fsa",
     "kk": "fsa",
     "vv": "fsa",
+}
+
+_HOST_OPTIONS = {
+    ("pearl", "ade20k", "pearl"): {"key_weight": PEARL_KEY_WEIGHT_OF_SCENES},
+    ("pearl", "cityscapes", "pearl"): {"key_weight": PEARL_KEY_WEIGHT_OF_SCENES},
 }
 
 _LARGE_VOCABULARIES = ("ade847", "context459")
@@ -128,6 +133,20 @@ def family_of(host: str, model: str, feedback: bool = True) -> str:
     if model == "tiny":
         return "tiny"
     return "proxyclip" if host == "proxyclip" and not feedback else _FAMILY_OF_HOST[host]
+
+
+def host_options(family: str, dataset: str, host: str) -> dict[str, Any]:
+    """The options of a host that a family of presets changes on a benchmark, for `fsa.hosts.build`.
+
+    PEARL's key weight is the only one: the published configurations of the other hosts have the
+    same constants on every benchmark here.
+
+    Args:
+        family: one of `FAMILIES`.
+        dataset: one of `fsa.evaluation.layouts.names()`.
+        host: name of a host.
+    """
+    return dict(_HOST_OPTIONS.get((family, dataset, host), {}))
 
 
 def preset(family: str, dataset: str) -> Preset:
@@ -241,6 +260,7 @@ class Protocol:
         classes: the text queries of each class.
         reduce_zero_label, ignore, background: see `fsa.evaluation.layouts.Layout`.
         host, model, pretrained, vfm, vfm_pretrained: as `fsa.load_segmentor` takes them.
+        host_options: of the host, those that were not given included.
         weights, vfm_weights: hashes of the two models' weights.
         feedback: the configuration of FSA, or None for the host alone.
         backend, device, dtype: what computed; another may round differently.
@@ -258,6 +278,7 @@ class Protocol:
     ignore: tuple[int, ...]
     background: int | None
     host: str
+    host_options: dict[str, Any]
     model: str
     pretrained: str | None
     weights: str | None
@@ -283,11 +304,14 @@ class Protocol:
         settings = values.pop("preset")
         classes = values.pop("classes")
         feedback = values.pop("feedback")
+        options = values.pop("host_options")
         lines = [f"preset       {settings.pop('name')}"]
         lines += [f"  {name:<14}{value}" for name, value in settings.items()]
         queries = sum(map(len, classes))
         lines.append(f"classes      {len(classes)}, by {queries} names")
         lines += [f"{name:<20}{value}" for name, value in values.items() if value is not None]
+        lines.append("host options")
+        lines += [f"  {name:<20}{value}" for name, value in options.items()]
         lines.append("feedback     " + ("off" if feedback is None else "FSA"))
         lines += [f"  {name:<20}{value}" for name, value in (feedback or {}).items()]
         return "\n".join(lines)

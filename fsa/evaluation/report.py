@@ -9,6 +9,7 @@ import numpy as np
 from fsa.evaluation import paper
 from fsa.evaluation.protocol import family_of
 from fsa.evaluation.result import Result
+from fsa.hosts import host_class
 
 _SKIPPED_SHOWN = 10
 
@@ -68,6 +69,11 @@ def _obstacles(protocol: dict[str, Any], cell: paper.Cell) -> list[str]:
     used = protocol["preset"]["name"]
     if used != published:
         reasons.append(f"preset {used} instead of {published}")
+    # No published configuration of these hosts changes an option.
+    for name, value in host_class(cell.host).default_options().items():
+        used = protocol["host_options"][name]
+        if used != value:
+            reasons.append(f"host option {name}={used} instead of {value}")
     if protocol["pretrained"] != cell.pretrained:
         reasons.append(f"weights {protocol['pretrained']} instead of {cell.pretrained}")
     return reasons

@@ -385,6 +385,7 @@ def _protocol(
         ignore=dataset.ignore,
         background=background,
         host=segmentor.host_name,
+        host_options=segmentor.host.options,
         model=loaded.name,
         pretrained=loaded.pretrained,
         weights=fingerprint.of_weights(loaded.model, quiet=quiet),

@@ -6,7 +6,9 @@ one whose attention is a function of yours.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from torch import nn
 
@@ -40,6 +42,7 @@ __all__ = [
     "build",
     "host_class",
     "names",
+    "parsed_options",
 ]
 
 _HOSTS: dict[str, type[Host]] = {
@@ -90,14 +93,70 @@ def build(host: str | AttentionFunction, visual: nn.Module, **host_options: Any)
             such as `fsa.models.transformers.CLIPTower(model)`.
         **host_options: `backend` for all; `residual` for all but ProxyCLIP; `shift` and `gain`
             for ProxyCLIP; `match_mass` for SCLIP; `std` for NACLIP; `class_weight` for SegEarth;
-            `steps` and `key_weight` for PEARL.
+            `steps` and `key_weight` for PEARL. `host_class(host).default_options()` has their
+            published values.
 
     Raises:
-        InputError: an unknown name or option, or another kind of tower.
+        InputError: an unknown name or option, a value that an option does not take, or another
+            kind of tower.
     """
     cls = host_class(host)
+    for name in host_options:
+        if name != "backend":
+            _check_option(host, name)
     arguments = (visual, host) if cls is FunctionHost else (visual,)
-    try:
-        return cls(*arguments, **host_options)
-    except TypeError as error:
-        raise InputError(f"host {host!r} does not take these options: {error}") from None
+    return cls(*arguments, **host_options)
+
+
+def parsed_options(host: str | AttentionFunction, texts: Iterable[str]) -> dict[str, Any]:
+    """Options of a host for `build`, of the form NAME=VALUE as a user writes them.
+
+    Args:
+        host: as `build` takes it.
+        texts: such as "key_weight=0.3", "residual=true" or "steps=none".
+
+    Raises:
+        InputError: another form, a name twice, an option that the host does not have, or a value of
+            another kind. What a value must be besides is checked by `build`.
+    """
+    kinds = get_type_hints(host_class(host).__init__)
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals:
+            raise InputError(f"host option {text!r} must be NAME=VALUE, such as residual=false")
+        _check_option(host, name)
+        if name in options:
+            raise InputError(f"host option {name!r} was given more than once")
+        options[name] = _parsed(name, value, kinds[name])
+    return options
+
+
+def _check_option(host: str | AttentionFunction, name: str) -> None:
+    """Raises InputError for what is no option of the host, with those that are."""
+    defaults = host_class(host).default_options()
+    if name not in defaults:
+        taken = ", ".join(f"{option}={value}" for option, value in defaults.items())
+        raise InputError(
+            f"host {host!r} has no option {name!r}; those it has, with their defaults: {taken}"
+        )
+
+
+def _parsed(name: str, value: str, kind: Any) -> Any:
+    """The value of an option, by the annotation of its parameter."""
+    kinds = get_args(kind) or (kind,)
+    lower = value.lower()
+    # Of `residual`, None is no value of its own but stands for what was published.
+    if lower == "none" and NoneType in kinds and bool not in kinds:
+        return None
+    if bool in kinds:
+        if lower in ("true", "false"):
+            return lower == "true"
+        accepted = "true or false"
+    else:
+        number, accepted = (int, "an integer") if int in kinds else (float, "a number")
+        try:
+            return number(value)
+        except ValueError:
+            accepted += " or none" if NoneType in kinds else ""
+    raise InputError(f"host option {name}={value!r} is not accepted: it must be {accepted}")

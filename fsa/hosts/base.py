@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +97,23 @@ class Host(nn.Module, ABC):
         self.tower = tower_of(visual)
         self.residual = self.published_residual if residual is None else residual
         self.backend = backend
+
+    @classmethod
+    def default_options(cls) -> dict[str, Any]:
+        """The options of this host besides `backend`, with their published values."""
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(cls.__init__).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name != "backend"
+        }
+        if "residual" in defaults:
+            defaults["residual"] = cls.published_residual
+        return defaults
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `default_options`, with the values that this host has."""
+        return {name: getattr(self, name) for name in self.default_options()}
 
     def grid(self, height: int, width: int, vfm_features: Tensor | None = None) -> tuple[int, int]:
         """Rows and columns of the output for a picture of this size in pixels."""

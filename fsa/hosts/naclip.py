@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fsa.arguments import finite_number
 from fsa.config import NACLIP_STD
-from fsa.errors import InputError
 from fsa.hosts.block import LastBlock
 from fsa.hosts.self_attention import SelfAttentionHost
 
@@ -23,6 +21,9 @@ class NACLIP(SelfAttentionHost):
 
     Args:
         std: of the Gaussian, in patches.
+
+    Raises:
+        InputError: a deviation that is not a finite number above 0.
     """
 
     pairs = ("kk",)
@@ -37,11 +38,7 @@ class NACLIP(SelfAttentionHost):
         backend: str = "auto",
     ) -> None:
         super().__init__(visual, residual=residual, backend=backend)
-        if isinstance(std, bool) or not isinstance(std, (int, float)):
-            raise InputError(f"std must be a number, not {type(std).__name__}")
-        if not (math.isfinite(std) and std > 0):
-            raise InputError(f"std={std!r} is not accepted: it must be finite and positive")
-        self.std = std
+        self.std = finite_number("std", std, positive=True)
 
     def bias(self, block: LastBlock) -> Tensor:
         rows, columns = (self._neighbourhood(length, block.tokens.device) for length in block.grid)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from fsa.arguments import finite_number
 from fsa.config import PEARL_KEY_WEIGHT, PEARL_STEPS, FSAConfig
 from fsa.errors import InputError
 from fsa.hosts.base import Host
@@ -68,13 +69,8 @@ class PEARL(Host):
                 f"steps={steps!r} is not accepted: it must be an integer >= 1, or None for the "
                 "exact rotation"
             )
-        is_number = isinstance(key_weight, (int, float)) and not isinstance(key_weight, bool)
-        if not (is_number and 0 <= key_weight < math.inf):
-            raise InputError(
-                f"key_weight={key_weight!r} is not accepted: it must be a finite number >= 0"
-            )
         self.steps = steps
-        self.key_weight = key_weight
+        self.key_weight = finite_number("key_weight", key_weight, least=0)
 
     def attention(self, block: LastBlock, config: FSAConfig | None) -> LastAttention:
         query, key = self._aligned(block.query, block.key, block.prefix_tokens)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from fsa import ops
+from fsa.arguments import finite_number
 from fsa.config import PROXY_GAIN, PROXY_SHIFT, FSAConfig
 from fsa.errors import InputError
 from fsa.hosts.base import Host
@@ -58,7 +59,10 @@ class ProxyCLIP(Host):
     grid of the output. The class token takes no part.
 
     Args:
-        shift, gain: of the affinity, s <- (s - shift * mean(s)) * gain.
+        shift, gain: of the affinity, s <- (s - shift * mean(s)) * gain; the paper's beta and gamma.
+
+    Raises:
+        InputError: a shift that is not a finite number, or a gain that is not one above 0.
     """
 
     published_residual = False
@@ -73,8 +77,8 @@ class ProxyCLIP(Host):
         backend: str = "auto",
     ) -> None:
         super().__init__(visual, backend=backend)
-        self.shift = shift
-        self.gain = gain
+        self.shift = finite_number("shift", shift)
+        self.gain = finite_number("gain", gain, positive=True)
 
     def grid(self, height: int, width: int, vfm_features: Tensor | None = None) -> tuple[int, int]:
         if vfm_features is None:

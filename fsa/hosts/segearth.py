@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fsa.arguments import finite_number
 from fsa.config import SEGEARTH_CLASS_WEIGHT, FSAConfig
 from fsa.errors import InputError
 from fsa.hosts.block import LastAttention, LastBlock
@@ -52,11 +53,7 @@ class SegEarth(SelfAttentionHost):
         super().__init__(visual, residual=residual, backend=backend)
         if class_weight is None:
             class_weight = SEGEARTH_CLASS_WEIGHT if self.tower.has_class_token else 0.0
-        is_number = isinstance(class_weight, (int, float)) and not isinstance(class_weight, bool)
-        if not (is_number and 0 <= class_weight < math.inf):
-            raise InputError(
-                f"class_weight={class_weight!r} is not accepted: it must be a finite number >= 0"
-            )
+        class_weight = finite_number("class_weight", class_weight, least=0)
         if class_weight and not self.tower.has_class_token:
             raise InputError(
                 f"class_weight={class_weight!r} needs a class token, which the vision tower has "
@@ -64,6 +61,11 @@ class SegEarth(SelfAttentionHost):
             )
         self.class_weight = class_weight
         self.compared_as_they_are = class_weight > 0
+
+    @classmethod
+    def default_options(cls) -> dict[str, Any]:
+        # Of a tower with a class token; without one it is 0.
+        return {**super().default_options(), "class_weight": SEGEARTH_CLASS_WEIGHT}
 
     def attention(self, block: LastBlock, config: FSAConfig | None) -> LastAttention:
         projected = {"q": block.query, "k": block.key, "v": block.value}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import platformdirs
 
 from fsa.errors import InputError
 from fsa.files import write_whole
@@ -23,28 +23,14 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def cache_folder() -> Path | None:
-    """The user's cache folder for this package by the rules of the platform, made by nobody yet.
+    """Where `FSA_CACHE_DIR` says, else the user's cache folder by the rules of the platform.
 
-    `FSA_CACHE_DIR` where it is set; else `fsa` under `XDG_CACHE_HOME` or `~/.cache`, on macOS under
-    `~/Library/Caches`, on Windows under `%LOCALAPPDATA%`. None where there is no home directory.
+    Nobody has made it yet. None where there is no home directory.
     """
     given = os.environ.get(CACHE_VARIABLE)
-    try:
-        if given:
-            return Path(given).expanduser()
-        if sys.platform == "win32":
-            local = os.environ.get("LOCALAPPDATA")
-            base = Path(local) if local else Path.home() / "AppData" / "Local"
-        elif sys.platform == "darwin":
-            base = Path.home() / "Library" / "Caches"
-        else:
-            base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-            # The specification has relative paths ignored.
-            if not base.is_absolute():
-                base = Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return base / "fsa"
+    folder = os.path.expanduser(given or platformdirs.user_cache_dir("fsa", appauthor=False))
+    # A home directory that nobody knows stays as it was written.
+    return None if folder.startswith("~") else Path(folder)
 
 
 def user_text_cache() -> TextCache | None:

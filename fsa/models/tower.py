@@ -142,14 +142,15 @@ class Tower(nn.Module):
         Returns:
             name -> (B,H,L,d).
         """
-        attention = self.last.attn
+        last = self.last
+        attention = last.attn
         # One product from the first to the last of the names: a slice of the packed weights.
         first = _ATTENTION_INPUTS.index(names[0])
         count = _ATTENTION_INPUTS.index(names[-1]) - first + 1
         packed = slice(first * self.width, (first + count) * self.width)
         bias = attention.in_proj_bias
         projected = functional.linear(
-            self.last.ln_1(tokens),
+            last.ln_1(tokens),
             attention.in_proj_weight[packed],
             None if bias is None else bias[packed],
         )
@@ -158,7 +159,8 @@ class Tower(nn.Module):
 
     def attention_branch(self, heads: Tensor) -> Tensor:
         """Applies the output projection to A V (B,H,N,d): (B,N,D)."""
-        return self.last.ls_1(self.last.attn.out_proj(heads.transpose(1, 2).flatten(2)))
+        last = self.last
+        return last.ls_1(last.attn.out_proj(heads.transpose(1, 2).flatten(2)))
 
     def residual_branches(self, tokens: Tensor, branch: Tensor) -> Tensor:
         """The rest of the last block as trained: residual, then the feed-forward network.
@@ -171,7 +173,8 @@ class Tower(nn.Module):
             (B,N,D), or (B,2N,D).
         """
         tokens = with_branch(tokens, branch)
-        return tokens + self.last.ls_2(self.last.mlp(self.last.ln_2(tokens)))
+        last = self.last
+        return tokens + last.ls_2(last.mlp(last.ln_2(tokens)))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Projects tokens (B,N,D) into the space shared with text: (B,N,E), not normalised."""

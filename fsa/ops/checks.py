@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -29,8 +30,7 @@ def checked_config(config: FSAConfig | None) -> FSAConfig:
 def check_tensor(name: str, tensor: Any, layout: str, ranks: tuple[int, ...] | None = None) -> None:
     if not isinstance(tensor, Tensor):
         raise InputError(f"{name} must be a tensor {layout}, not {type(tensor).__name__}")
-    accepted = ranks or (layout.partition(")")[0].count(",") + 1,)
-    if tensor.ndim not in accepted:
+    if tensor.ndim not in (ranks or (layout.count(",") + 1,)):
         raise InputError(f"{name} must be {layout}; it has shape {tuple(tensor.shape)}")
     if tensor.dtype not in DTYPES:
         raise InputError(
@@ -60,7 +60,7 @@ def check_logits(
             )
     if uniform_logits is None:
         return
-    check_tensor("uniform_logits", uniform_logits, "(B, 1, C) or (B, N, C)")
+    check_tensor("uniform_logits", uniform_logits, "(B, 1, C) or (B, N, C)", ranks=(3,))
     if uniform_logits.shape not in ((B, 1, C), (B, N, C)):
         raise InputError(
             f"uniform_logits has shape {tuple(uniform_logits.shape)}; with patch_logits of "
@@ -121,21 +121,28 @@ def check_same(name: str, tensor: Tensor, other_name: str, other: Tensor) -> Non
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    if tensor.device.type == "cpu" and not bool(tensor.isfinite().all()):
+    if tensor.device.type == "cpu" and not _is_finite(tensor):
         raise NotFiniteError(f"{name} holds NaN or inf")
 
 
 def check_finite_product(result: Tensor, inputs: dict[str, Tensor | None]) -> None:
     """The same for products, whose inputs are large: NaN and inf show in the small result."""
-    if result.device.type == "cpu" and not bool(result.isfinite().all()):
+    if result.device.type == "cpu" and not _is_finite(result):
         for name, tensor in inputs.items():
             if tensor is not None:
                 check_finite(name, tensor)
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    # One pass that stores nothing, where `isfinite` makes four tensors. NaN is both least and most.
+    return all(math.isfinite(extreme) for extreme in tensor.aminmax())
+
+
 def out_of_memory(what: str, of: Tensor) -> AbstractContextManager[None]:
-    sizes = f"{what} for an input of shape {tuple(of.shape)} on {of.device}"
-    return named_out_of_memory(sizes, "take fewer images at once, or fewer patches")
+    return named_out_of_memory(
+        lambda: f"{what} for an input of shape {tuple(of.shape)} on {of.device}",
+        "take fewer images at once, or fewer patches",
+    )
 
 
 def autocast_off(tensor: Tensor) -> AbstractContextManager[None]:

@@ -129,12 +129,14 @@ def _is_observed(arguments: tuple[Any, ...]) -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(isinstance(a, Tensor) and type(a) not in _PLAIN_TENSORS for a in arguments)
+        or not _PLAIN_TYPES.issuperset(map(type, arguments))
     )
 
 
-# Others, such as fake tensors, have a dispatch of their own.
-_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+# Other tensors, such as fake ones, have a dispatch of their own.
+_PLAIN_TYPES = frozenset(
+    (Tensor, torch.nn.Parameter, Options, Adaptations, type(None), bool, float, str, torch.dtype)
+)
 
 
 def _module(backend: str) -> ModuleType:

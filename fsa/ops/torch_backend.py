@@ -19,7 +19,6 @@ import math
 from collections.abc import Callable, Iterator
 from functools import reduce
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -29,8 +28,8 @@ from fsa.ops.checks import autocast_off
 from fsa.ops.processor import bfloat16_units, float32_by_onednn
 from fsa_kernels import Adaptations, Options
 
-# Entries of one block of similarity rows. 2^17 floats stay in a CPU core's second-level cache
-# through the dozen passes over them; on a GPU a block only has to fill the chip.
+# Entries of one block of similarity rows, on a CPU for each thread: 2^17 floats stay in a core's
+# second-level cache through the dozen passes over them. On a GPU a block only has to fill the chip.
 _BLOCK_ENTRIES_CPU = 1 << 17
 _BLOCK_ENTRIES_GPU = 1 << 26
 
@@ -131,12 +130,11 @@ class _Feedback:
         broken = self.broken[images, None, :]
         if self.some_broken:
             S.masked_fill_(broken, -math.inf)
-        dropped = _dropped(S, self.options)
+        scores = (S * self.options.beta).exp_().mul_(S) if self.options.scaling else S.clone()
+        _drop(scores, S, self.options)
         if self.some_broken:
-            dropped = dropped | broken
-        feedback = (S * self.options.beta).exp_().mul_(S) if self.options.scaling else S
-        feedback.masked_fill_(dropped, -math.inf)
-        block = torch.softmax(feedback, dim=-1)
+            scores.masked_fill_(broken, -math.inf)
+        block = torch.softmax(scores, dim=-1)
         if self.some_broken:
             block.masked_fill_(self.broken[images, rows, None], math.nan)
         return block
@@ -162,46 +160,72 @@ def _similarity_rows(probabilities: Tensor, options: Options) -> Callable[[slice
     log -= (centre * _CENTRE_STEPS).round_() / _CENTRE_STEPS
     negative_entropy = (probabilities * log).sum(dim=-1, keepdim=True)
 
+    product = _products_with(log)
+
     def kl(images: slice, rows: slice) -> Tensor:
-        divergence = torch.baddbmm(
-            negative_entropy[images, rows],
-            probabilities[images, rows],
-            log[images].transpose(1, 2),
-            alpha=-1,
-        )
+        shared = product(probabilities, images, rows)
+        divergence = torch.sub(negative_entropy[images, rows], shared, out=shared)
         return divergence.clamp_(min=0).add_(1).reciprocal_()
 
     return kl
 
 
-def _dropped(S: Tensor, options: Options) -> Tensor:
-    """The complement of the kept patches of rows S (...,N), bool. -inf entries count nothing."""
-    N = S.shape[-1]
-    if options.pruning == "confidence":
-        ordered = _sort_descending(S)
-        # Cumulated in float64: near-ties are everywhere, and N float32 additions would decide them.
-        mass = (ordered - 1).exp_().cumsum(dim=-1, dtype=torch.float64)
-        count = (
-            (mass <= options.confidence * mass[..., -1:]).sum(dim=-1, keepdim=True).clamp_(min=1)
+def _products_with(log: Tensor) -> Callable[[Tensor, slice, slice], Tensor]:
+    """How blocks of rows of P l^T are computed from P, for l (B,N,C)."""
+    if not (_takes_onednn(log) and log.shape[1] >= _ONEDNN_LEAST_PATCHES):
+        return lambda P, images, rows: torch.bmm(P[images, rows], log[images].transpose(1, 2))
+    prepared = [image.to_mkldnn() for image in log]
+
+    def product(P: Tensor, images: slice, rows: slice) -> Tensor:
+        return _batched(
+            [
+                functional.linear(one.to_mkldnn(), other).to_dense()
+                for one, other in zip(P[images, rows], prepared[images], strict=True)
+            ]
         )
-    elif options.pruning == "ratio":
-        ordered = _sort_descending(S)
+
+    return product
+
+
+def _batched(products: list[Tensor]) -> Tensor:
+    """Products of images as one tensor; a single one is not copied."""
+    return products[0][None] if len(products) == 1 else torch.stack(products)
+
+
+def _drop(scores: Tensor, S: Tensor, options: Options) -> None:
+    """Lowers the scores (...,N) of all but the kept patches so far that their softmax is 0.
+
+    Changes both arguments. Similarities of -inf count nothing.
+    """
+    N = S.shape[-1]
+    if options.pruning is None:
+        return
+    if options.pruning == "threshold":
+        dropped = (S < options.threshold) & ~_first_of(S == S.amax(dim=-1, keepdim=True))
+        scores.masked_fill_(dropped, -math.inf)
+        return
+    ordered = _sort_descending(S)
+    if options.pruning == "confidence":
+        # Cumulated in float64, where such sums of float32 weights are exact: near-ties are
+        # everywhere, and N float32 additions would decide them.
+        mass = (ordered - 1).exp_().cumsum(dim=-1, dtype=torch.float64)
+        count = torch.searchsorted(mass, options.confidence * mass[..., -1:], right=True)
+        count.clamp_(min=1)
+    else:
         count = torch.full_like(
             S[..., :1], max(1, math.floor(options.ratio * N)), dtype=torch.int64
         )
-    elif options.pruning == "threshold":
-        return (S < options.threshold) & ~_first_of(S == S.amax(dim=-1, keepdim=True))
-    else:
-        return torch.zeros_like(S, dtype=torch.bool)
     lowest = ordered.gather(-1, count - 1)
-    return (S < lowest) | _surplus_ties(S, lowest, count)
+    next_one = ordered.gather(-1, count.clamp(max=N - 1))
+    # Looking first for ties spares the CPU four passes; on a GPU it would synchronise.
+    if S.device.type != "cpu" or bool(((next_one == lowest) & (count < N)).any()):
+        scores.masked_fill_(_surplus_ties(S, lowest, count), -math.inf)
+    # On a CPU a comparison and a subtraction are vector instructions, and filling by a mask is not.
+    scores.sub_(S.lt_(lowest), alpha=torch.finfo(scores.dtype).max)
 
 
 def _surplus_ties(S: Tensor, lowest: Tensor, count: Tensor) -> Tensor:
     """Entries equal to the lowest kept value that come after the `count` kept ones, by index."""
-    # Looking first whether there are any spares the CPU a pass; on a GPU it would synchronise.
-    if S.device.type == "cpu" and bool(((S >= lowest).sum(dim=-1, keepdim=True) == count).all()):
-        return torch.zeros((), dtype=torch.bool)
     tied = S == lowest
     wanted = count - (S > lowest).sum(dim=-1, keepdim=True)
     return tied & (tied.cumsum(dim=-1) > wanted)
@@ -216,7 +240,9 @@ def _sort_descending(S: Tensor) -> Tensor:
     if S.device.type == "cpu":
         # NumPy sorts values alone with vector instructions, some 15 times faster than
         # torch.sort, which also has to carry an index along with each value.
-        return torch.from_numpy(np.sort(S.neg().numpy(), axis=-1)).neg_()
+        ordered = S.neg()
+        ordered.numpy().sort(axis=-1)
+        return ordered.neg_()
     return S.sort(dim=-1, descending=True).values
 
 
@@ -247,19 +273,22 @@ def adapt(
         right_sides = [right_sides[0] + right_sides[1]]
 
     _, H, _, d = value.shape
-    sides = [side.transpose(1, 2).flatten(2) for side in right_sides]
-    columns = sides[0] if len(sides) == 1 else torch.cat(sides, dim=-1)
-    applied = feedback(columns).unflatten(-1, (len(sides), H, d))
+    sides = [side.transpose(1, 2) for side in right_sides]
+    # One copy of both; of a single side there may be nothing to copy.
+    columns = sides[0] if len(sides) == 1 else torch.stack(sides, dim=2)
+    applied = feedback(columns.flatten(2)).unflatten(-1, (len(sides), H, d))
     terms = [term.transpose(1, 2) for term in applied.unbind(dim=2)]
     if not adaptations.before:
         total = terms[0]
     else:
         total = apply_attention(terms[-1])
-        if adaptations.only:
-            total = total + terms[-1]
-        if adaptations.after:
-            total = total + terms[0]
-    return (total / sum(adaptations) if sum(adaptations) > 1 else total).to(value.dtype)
+        others = [terms[-1]] * adaptations.only + [terms[0]] * adaptations.after
+        if others:
+            # What the attention returned may be the caller's own; the sum is not.
+            total = total + others[0]
+        for other in others[1:]:
+            total += other
+    return (total.div_(sum(adaptations)) if sum(adaptations) > 1 else total).to(value.dtype)
 
 
 def attention_applier(attention: Tensor) -> Callable[[Tensor], Tensor]:
@@ -303,9 +332,7 @@ def _rows_times(weights: Tensor, columns: Tensor) -> Tensor:
     ):
         columns = columns.to(weights.dtype)
         if _takes_onednn(weights) and R >= _ONEDNN_LEAST_PATCHES:
-            return torch.stack(
-                [_onednn_product(w, c) for w, c in zip(weights, columns, strict=True)]
-            )
+            return _batched([_onednn_product(w, c) for w, c in zip(weights, columns, strict=True)])
         return torch.bmm(weights, columns)
     columns = columns.float()
     out = torch.empty((B, R, columns.shape[-1]), dtype=torch.float32)
@@ -404,7 +431,8 @@ def _blocks(
     Args:
         strip: the rows that are to be covered; None all.
     """
-    entries = _BLOCK_ENTRIES_CPU if device.type == "cpu" else _BLOCK_ENTRIES_GPU
+    on_cpu = device.type == "cpu"
+    entries = _BLOCK_ENTRIES_CPU * torch.get_num_threads() if on_cpu else _BLOCK_ENTRIES_GPU
     images = max(1, entries // (N * N))
     rows = min(N, max(1, entries // N))
     start, stop = (strip.start, strip.stop) if strip else (0, N)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ def host_with_vfm(
     vfm: str | Callable[[Tensor], Tensor],
     vfm_pretrained: bool | str | None,
     *,
+    options: Mapping[str, Any] | None,
     backend: str,
     cache_dir: str | None,
 ) -> tuple[hosts.Host, VFM | None]:
@@ -80,7 +81,7 @@ def host_with_vfm(
     Raises:
         InputError, ModelUnavailableError: as `fsa.hosts.build` and `load_vfm`.
     """
-    built = hosts.build(host, loaded.model.visual, backend=backend)
+    built = hosts.build(host, loaded.model.visual, **{**(options or {}), "backend": backend})
     if not built.needs_vfm:
         return built, None
     guide = load_vfm(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ def load_segmentor(
     backend: str = "auto",
     cache_dir: str | None = None,
     *,
+    host_options: Mapping[str, Any] | None = None,
     vfm_pretrained: bool | str | None = None,
     processor: Any = None,
     cuda_graph: bool = False,
@@ -76,6 +77,8 @@ def load_segmentor(
             `fsa.models.loading.load_model`; of a model that is passed as an object, what it is.
         backend: of the ops: "auto", "triton" or "torch".
         cache_dir: where downloaded weights are kept.
+        host_options: what `fsa.hosts.build` takes for this host, such as {"key_weight": 0.3} for
+            "pearl"; default as published.
         vfm_pretrained: weights of the vfm; see `fsa.models.guides.load_vfm`.
         processor: of a model of transformers: its `CLIPProcessor` or `SiglipProcessor`.
         cuda_graph: on a GPU, captures the forward once for each shape of a batch of windows and
@@ -97,6 +100,7 @@ def load_segmentor(
         loaded,
         default_vfm if vfm is None else vfm,
         vfm_pretrained,
+        options=host_options,
         backend=backend,
         cache_dir=cache_dir,
     )
@@ -149,6 +153,7 @@ class Segmentor(WindowModel):
         self,
         host: str | hosts.AttentionFunction,
         *,
+        host_options: Mapping[str, Any] | None = None,
         vfm: str | Callable[[Tensor], Tensor] | None = None,
         vfm_pretrained: bool | str | None = None,
         cache_dir: str | None = None,
@@ -157,7 +162,7 @@ class Segmentor(WindowModel):
         gets its own published configuration.
 
         Args:
-            host: as in `load_segmentor`.
+            host, host_options: as in `load_segmentor`.
             vfm: for "proxyclip": as in `load_segmentor`; default "layer".
             vfm_pretrained: weights of the vfm; see `fsa.models.guides.load_vfm`.
             cache_dir: where downloaded weights are kept.
@@ -171,6 +176,7 @@ class Segmentor(WindowModel):
             self.loaded,
             LAYER if vfm is None else vfm,
             vfm_pretrained,
+            options=host_options,
             backend=self.host.backend,
             cache_dir=cache_dir,
         )
@@ -179,14 +185,9 @@ class Segmentor(WindowModel):
     def _like_this(
         self, host_name: str, host: hosts.Host, vfm: VFM | None, feedback: bool | FSAConfig
     ) -> Segmentor:
+        captured = self.graphs is not None
         return Segmentor(
-            host_name,
-            host,
-            self.loaded,
-            self._text,
-            vfm,
-            feedback,
-            cuda_graph=self.graphs is not None,
+            host_name, host, self.loaded, self._text, vfm, feedback, cuda_graph=captured
         )
 
     def settings(
@@ -327,6 +328,7 @@ class Segmentor(WindowModel):
         names, background_index = named_background(parse_classes(classes), prob_thd, background)
         settings = {
             "host": self.host_name,
+            "host_options": self.host.options,
             "model": self.loaded.name,
             "pretrained": self.loaded.pretrained,
             "vfm": self.vfm.name if self.vfm else None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -13,24 +14,28 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from open_clip.transformer import VisionTransformer
+from PIL import Image
 from torch.nn import functional
 
+import fsa
 from bench import RESULTS, ROOT, environment
 from bench.__main__ import COMMANDS
-from bench.measure import dtypes, memory, numerics, rehearsal, runner, timing
+from bench.measure import memory, numerics, rehearsal, runner, timing
 from bench.measure.worker import DeviceLost, Worker, measure
 from bench.report import marks, paper, plots, results_data, tables
-from bench.rows import algebra, contenders, published, registry
+from bench.rows import algebra, contenders, dtypes, published, registry
 from bench.rows import op as rows
 from bench.rows.contenders import DoesNotFit, Job, Row
 from bench.rows.hosts import HostRow
 from bench.rows.op import OpRow
 from bench.rows.pictures import PictureRow
 from bench.rows.published_hosts import PublishedHost
-from fsa import FSAConfig, hosts, reference
+from fsa import FSAConfig, hosts, reference, tiny
+from fsa.ops import torch_backend
 from tests.support.accuracy import (
     MODEL_VECTORS,
     RELATIVE_ERROR,
@@ -766,31 +771,121 @@ def test_every_command_is_there(name):
     assert callable(module.main)
 
 
-def test_types_are_compared(monkeypatch, capsys):
-    monkeypatch.setattr(dtypes, "PATCHES", (32,))
-    monkeypatch.setattr(dtypes, "HOSTS", ("clearclip",))
-    pictures = list(dtypes.scenes())
-    assert len(pictures) == 18
-    monkeypatch.setattr(dtypes, "scenes", lambda: pictures[-1:])
-    assert dtypes.main(["dtypes", "--only", "step,labels", "--rounds", "1"]) == 0
-    printed = capsys.readouterr().out
-    for dtype in ("float32", "bfloat16"):
-        for what in ("step ", "step without", "products"):
-            assert re.search(rf"  {dtype} {what} +\d+\.\d\n", printed)
-    shares = re.findall(r"clearclip, 1 scenes, (\w+) +([\d.]+)% +([\d.]+)%", printed)
-    assert [name for name, *_ in shares] == ["bfloat16", "float16"]
-    assert all(95 < float(share) <= 100 for _, *both in shares for share in both)
+TYPED = {
+    "window": ("fsa off", "fsa on", "trunk"),
+    "step": ("fsa step", "fsa step without", "products"),
+}
 
 
-def test_the_best_of_some_rounds_counts_without_the_first():
-    durations = iter([0.0, 0.03, 0.01])
+@pytest.mark.parametrize(
+    ("row", "part"),
+    [(dtypes.WindowRow(TOY_BACKBONE, 32), "window"), (dtypes.TypedStepRow(32, 5), "step")],
+    ids=["window", "step"],
+)
+def test_types_are_timed_beside_each_other(row, part, monkeypatch):
+    monkeypatch.setattr(timing, "_ROUNDS", 3)
+    record = toy(Job(row, ("time",)))
+    assert record["kind"] == "dtypes"
+    assert set(record["contenders"]) == {
+        f"{name}, {dtype}" for name in TYPED[part] for dtype in ("float32", "bfloat16")
+    }
+    assert all(entry["series"]["median"] > 0 for entry in record["contenders"].values())
 
-    def call():
-        until = time.process_time() + next(durations)
-        while time.process_time() < until:
-            pass
 
-    assert 10 <= dtypes.best({"it": call}, rounds=2)["it"] < 30
+@pytest.mark.parametrize("dtype", dtypes.TYPES, ids=str)
+def test_the_step_without_takes_neither_units_nor_onednn(dtype, monkeypatch):
+    asked = []
+    for name, answer in (("bfloat16_units", ("AMX",)), ("float32_by_onednn", True)):
+        monkeypatch.setattr(torch_backend, name, lambda name=name, answer=answer: answer)
+    monkeypatch.setattr(
+        torch_backend, "_onednn_product", lambda w, c: asked.append("oneDNN") or w @ c
+    )
+    builds = dtypes.TypedStepRow(300, 5).contenders(CPU, FLOAT)
+    short = dtypes.short_name(dtype)
+    with torch.inference_mode():
+        builds[f"fsa step without, {short}"]()()
+        assert asked == []
+        builds[f"fsa step, {short}"]()()
+    assert bool(asked) == (dtype == torch.float32)
+
+
+def test_labels_in_half_precision_are_compared(monkeypatch, tmp_path):
+    shipped = list(dtypes.pictures(None))
+    assert len(shipped) == 18
+    (tmp_path / "street/images").mkdir(parents=True)
+    (tmp_path / "street/classes.txt").write_text("dog\ncat\n")
+    Image.new("RGB", (70, 60), "green").save(tmp_path / "street/images/a.png")
+    found = toy(registry.labels(tmp_path / "street")[0])
+    # A result names the folder and does not say where it lies.
+    assert (found["name"], found["folder"]) == ("labels clearclip street", "street")
+    assert set(found["contenders"]) == {"bfloat16", "float16"}
+
+    dtypes._exact_labels.cache_clear()
+    exact = np.array([[0, 0], [1, 1]])
+    labels = {
+        "float32": [exact, exact],
+        "bfloat16": [np.array([[0, 0], [1, 0]]), exact],
+        "float16": [exact, exact],
+    }
+
+    def load_segmentor(host, dtype, **_):
+        found = iter(labels[dtypes.short_name(dtype)])
+        return SimpleNamespace(segment=lambda *_: SimpleNamespace(labels=next(found)))
+
+    monkeypatch.setattr(fsa, "load_segmentor", load_segmentor)
+    monkeypatch.setattr(dtypes, "pictures", lambda _: shipped[:2])
+    record = toy(registry.labels()[0])
+    assert {name: entry["labels"] for name, entry in record["contenders"].items()} == {
+        "bfloat16": {"equal": 7 / 8, "lowest": 3 / 4},
+        "float16": {"equal": 1, "lowest": 1},
+    }
+    dtypes._exact_labels.cache_clear()
+    assert all("series" not in entry for entry in record["contenders"].values())
+
+
+def test_types_have_their_tables():
+    record = json.loads(json.dumps(made_up_record()))
+    assert tables.tables(record, None)["dtypes-step"] == "not measured"
+
+    def entries(names, ms):
+        return {
+            f"{name}, {dtype}": {"series": {"median": ms * (k + 1) * (j + 1)}}
+            for k, name in enumerate(reversed(names))
+            for j, dtype in enumerate(("bfloat16", "float32"))
+        }
+
+    types = {
+        **record,
+        "rows": [
+            {"kind": "dtypes", "name": "window x", "contenders": entries(TYPED["window"], 10)},
+            {"kind": "dtypes", "name": "step y", "N": 784, "contenders": entries(TYPED["step"], 5)},
+            {
+                "kind": "dtypes",
+                "name": "labels sclip street",
+                "host": "sclip",
+                "folder": "street",
+                "contenders": {"bfloat16": {"labels": {"equal": 0.99891, "lowest": 0.5}}},
+            },
+        ],
+    }
+    types["environment"] = {**types["environment"], "tiny": "0123456789ab"}
+    made = tables.tables(record, None, None, types)
+    assert "| clearclip with FSA | 40 | 20 |" in made["dtypes-window"]
+    assert "| 784 | bfloat16 | 15 | 10 | 5 | 3× |" in made["dtypes-step"]
+    assert "| sclip | street | 99.89% (50.00%) | not measured |" in made["dtypes-labels"]
+    assert "weights 0123456789ab" in made["dtypes-labels"]
+    assert ". float32, " not in made["dtypes-labels"].split("\n\n")[1]
+    # What a whole run has comes first.
+    assert tables.tables(types, None, None, record)["dtypes-step"] == made["dtypes-step"]
+
+
+def test_a_result_names_the_weights_and_no_place(monkeypatch, tmp_path):
+    weights = hashlib.sha256(tiny.weights_path().read_bytes()).hexdigest()
+    (tmp_path / "street").mkdir()
+    found = environment.origin(["cpu", "--photographs", str(tmp_path / "street")])
+    assert weights.startswith(found["tiny"])
+    assert len(found["tiny"]) == 12
+    assert found["command"] == "python -m bench cpu --photographs street"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -871,7 +966,7 @@ def test_what_was_not_measured_is_called_that():
 
 
 def test_committed_tables_are_those_of_the_committed_results():
-    made = tables.tables(*map(results_data.load, ("cpu", "gpu", "launches")))
+    made = tables.tables(*map(results_data.load, results_data.NAMES))
     pages = list(tables.pages())
     assert tables.PAGE in pages
     for page in pages:

@@ -15,7 +15,8 @@ from bench.report import predicted, results_data
 from bench.rows.pictures import clip_segmentor
 from fsa import hosts
 from fsa.models.guides import load_vfm
-from fsa.models.tower import Tower
+from fsa.models.timm_tower import tower_of
+from tests.support.timm_models import FAMILIES, random_timm_model
 
 if torch.__version__ < (2, 11):
     # Of torch 2.6 tensors that exist in name only look for a GPU, and Triton 3.2's interpreted
@@ -53,7 +54,7 @@ def layer(visual: VisionTransformer, host: str):
     """CLIP's own features for ProxyCLIP; None for the others."""
     if not hosts.host_class(host).needs_vfm:
         return None
-    return load_vfm("layer", tower=Tower(visual), mean=(0.0,) * 3, std=(1.0,) * 3)
+    return load_vfm("layer", tower=tower_of(visual), mean=(0.0,) * 3, std=(1.0,) * 3)
 
 
 def counted(host, feedback: bool = True) -> Counter[str]:
@@ -70,6 +71,20 @@ def test_a_forward_can_be_captured_and_feedback_adds_few_launches(host):
         for feedback in (False, True)
     )
     assert (off, on - off) == COUNTS[host]
+
+
+@pytest.mark.parametrize("more", [0, 2], ids=["trained grid", "larger grid"])
+@pytest.mark.parametrize("host", ["clip", "clearclip", "proxyclip", "segearth", "pearl"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forward_of_every_family_of_timm_can_be_captured(family, host, more):
+    visual = random_timm_model(family)
+    side = FAMILIES[family].side + more * FAMILIES[family].patch
+    for feedback in (False, True):
+        vfm = layer(visual, host)
+        # Raises where the forward would wait for the device.
+        found = launches.launches(host, visual, vfm, feedback, side=side, C=5)
+        # A product is an op each, two in every block and those around the last attention.
+        assert found.counts["aten::addmm"] + found.counts["aten::mm"] > 2 * tower_of(visual).layers
 
 
 @pytest.mark.parametrize("feedback", [False, True], ids=["host", "host + FSA"])

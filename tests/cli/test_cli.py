@@ -60,6 +60,34 @@ def test_options_reach_the_segmentor(run, picture, tmp_path):
     assert record["classes"] == ["cat", "dog", "nothing"]
 
 
+def test_options_of_the_host_reach_it(run, picture, tmp_path):
+    arguments = ["segment", picture, "--classes", "cat; dog", *SMALL, "--quiet", "--host", "sclip"]
+    for name, option in (("published", "false"), ("matched", "true")):
+        out = tmp_path / name
+        assert run(*arguments, "--out", out, "--host-option", f"match_mass={option}")[0] == 0
+        settings = json.loads((out / "cat.json").read_text())["settings"]
+        assert settings["host_options"] == {"match_mass": option == "true", "residual": True}
+    # What was segmented with other options is segmented again.
+    again = [*arguments, "--out", tmp_path / "matched", "--skip-existing"]
+    before = (tmp_path / "matched/cat-labels.png").stat().st_mtime_ns
+    assert run(*again, "--host-option", "match_mass=true")[0] == 0
+    assert (tmp_path / "matched/cat-labels.png").stat().st_mtime_ns == before
+    assert run(*again)[0] == 0
+    assert (tmp_path / "matched/cat-labels.png").stat().st_mtime_ns != before
+
+
+@pytest.mark.parametrize("command", ["segment", "compare", "explore"])
+def test_options_that_the_host_does_not_have_are_answered_with_its_own(command, run, picture):
+    code, stdout, stderr = run(
+        command, picture, "--classes", "cat; dog", "--host", "naclip", "--host-option", "sigma=5"
+    )
+    assert (code, stdout) == (1, "")
+    assert stderr == (
+        "fsa: host 'naclip' has no option 'sigma'; those it has, with their defaults: std=5.0, "
+        "residual=False\n"
+    )
+
+
 def test_the_cache_directory_reaches_the_loader(run, picture, tmp_path, monkeypatch):
     seen = []
 

@@ -57,6 +57,7 @@ def test_every_option_reaches_the_protocol(run, tmp_path):
     ]
     options += ["--pamr-steps", "2", "--propagation-grid", "9", "--whole"]
     options += ["--classes-file", tmp_path / "names.txt", "--ignore", "7", "--on-error", "skip"]
+    options += ["--host-option", "shift=1", "--host-option", "gain=4"]
     options += ["--window-batch", "2", "--chunk", "1", "--backend", "torch", "--quiet"]
     code, _, stderr = run("eval", "folder", "--root", root, "--out", out, *SMALL, *options)
     assert (code, stderr) == (0, "")
@@ -73,6 +74,7 @@ def test_every_option_reaches_the_protocol(run, tmp_path):
     assert record["classes"] == [["tiger"], ["wolf", "hound"], ["background"]]
     assert (record["ignore"], record["background"]) == ([255, 7], 2)
     assert (record["host"], record["vfm"], record["backend"]) == ("proxyclip", "layer:2", "torch")
+    assert record["host_options"] == {"shift": 1.0, "gain": 4.0}
     assert (record["window_batch"], record["chunk"]) == (2, 1)
 
 
@@ -251,6 +253,42 @@ def test_presets_are_the_published_ones():
         protocol.family_of("clop", "ViT-B-16")
 
 
+def test_pearls_key_weight_follows_the_benchmark():
+    for dataset in datasets.names():
+        weight = {"key_weight": 0.3} if dataset in ("ade20k", "cityscapes") else {}
+        assert protocol.host_options("pearl", dataset, "pearl") == weight
+        assert protocol.host_options("pearl", dataset, "clearclip") == {}
+        for family in protocol.FAMILIES.keys() - {"pearl"}:
+            assert protocol.host_options(family, dataset, "pearl") == {}
+
+
+def ade20k(root):
+    for number in range(2):
+        write_picture(root / f"images/validation/p{number}.jpg", (40, 50), number)
+        mask = np.full((40, 50), 1 + number, np.uint8)
+        write_mask(root / f"annotations/validation/p{number}.png", mask)
+
+
+def test_a_preset_sets_its_hosts_options_and_the_command_line_changes_them(run, tmp_path):
+    home = tmp_path / "ade/ADEChallengeData2016"
+    ade20k(home)
+    out = tmp_path / "out"
+    asked = ["eval", "ade20k", "--root", home.parent, "--host", "pearl", "--preset", "pearl"]
+    asked += [*SMALL, "--propagation-grid", "0", "--quiet", "--out", out]
+    assert run(*asked)[::2] == (0, "")
+    options = json.loads((out / "result.json").read_text())["protocol"]["host_options"]
+    assert options == {"steps": 5, "key_weight": 0.3, "residual": False}
+    # A folder that was counted with other options is not gone on with.
+    code, _, stderr = run(*asked, "--host-option", "key_weight=0.08")
+    assert code == 1
+    assert "host_options.key_weight: 0.3, now 0.08" in stderr
+    assert run(*asked, "--host-option", "key_weight=0.08", "--restart")[0] == 0
+    options = json.loads((out / "result.json").read_text())["protocol"]["host_options"]
+    assert options["key_weight"] == 0.08
+    stderr = run(*asked, "--host-option", "weight=0.08")[2]
+    assert "host 'pearl' has no option 'weight'; those it has" in stderr
+
+
 def result_of(**changes):
     record = {
         "host": "proxyclip",
@@ -262,6 +300,7 @@ def result_of(**changes):
         "preset": {"name": "proxyclip/voc21"},
         **changes,
     }
+    record.setdefault("host_options", hosts.host_class(record["host"]).default_options())
     names = ("background", "cat", "dog")
     counts = np.array([[6, 2, 0], [0, 2, 0], [0, 0, 0]])
     return Result(counts, names, 2, {}, 1.0, record)
@@ -277,6 +316,8 @@ def test_the_report_compares_with_the_paper():
     text = report.text(result_of(preset={"name": "tiny/voc21"}, pretrained="mine.pt"))
     assert "not comparable: preset tiny/voc21 instead of proxyclip/voc21" in text
     assert "not comparable: weights mine.pt instead of openai" in text
+    text = report.text(result_of(host_options={"shift": 1.0, "gain": 3.0}))
+    assert "not comparable: host option shift=1.0 instead of 1.2" in text
     assert "no number" in report.text(result_of(dataset="folder"))
 
 

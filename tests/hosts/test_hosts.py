@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from open_clip.transformer import VisionTransformer
@@ -449,10 +451,80 @@ def test_vfm_features_are_for_proxyclip_only():
 def test_unknown_hosts_and_options_are_refused_in_words():
     with pytest.raises(InputError, match="must be one of clip, maskclip"):
         hosts.build("superclip", random_tower())
-    with pytest.raises(InputError, match="shift"):
+    with pytest.raises(InputError, match=r"no option 'shift'; those it has.* residual=False"):
         hosts.build("clearclip", random_tower(), shift=1.0)
+    with pytest.raises(InputError, match="no option 'function'"):
+        hosts.build(lambda block: None, random_tower(), function=print)
     with pytest.raises(InputError, match="backend='gpu'"):
         hosts.build("clearclip", random_tower(), backend="gpu")
+
+
+# Of each option another value than the published one, as text and as Python has it.
+OTHER_VALUES = {
+    "residual": ("TRUE", True),
+    "match_mass": ("true", True),
+    "shift": ("1", 1.0),
+    "gain": ("2.5", 2.5),
+    "std": ("7", 7.0),
+    "class_weight": ("0", 0.0),
+    "steps": ("none", None),
+    "key_weight": ("0.3", 0.3),
+}
+
+
+@pytest.mark.parametrize("name", hosts.names())
+def test_every_option_can_be_written_as_text(name):
+    defaults = hosts.host_class(name).default_options()
+    texts = []
+    for option, default in defaults.items():
+        text, value = OTHER_VALUES[option]
+        if value == default:
+            text, value = "false", False
+        texts.append(f"{option} = {text}")
+        options = hosts.parsed_options(name, [f"{option}={text}"])
+        assert options == {option: value}
+        assert type(options[option]) is type(value)
+        built = hosts.build(name, random_tower(), **options)
+        assert built.options == {**defaults, option: value}
+    assert hosts.build(name, random_tower()).options == defaults
+    assert set(hosts.parsed_options(name, texts)) == set(defaults)
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "message"),
+    [
+        ("clearclip", ["key_weight=1"], "'clearclip' has no option 'key_weight'.*residual=False"),
+        ("pearl", ["key_weigth=1"], "'key_weigth'.*steps=5, key_weight=0.08, residual=False"),
+        ("pearl", ["backend=torch"], "no option 'backend'"),
+        ("pearl", ["key_weight"], "'key_weight' must be NAME=VALUE"),
+        ("pearl", ["key_weight=1", "key_weight=2"], "'key_weight' was given more than once"),
+        ("pearl", ["key_weight=much"], "key_weight='much' is not accepted: it must be a number"),
+        ("pearl", ["steps=2.5"], "steps='2.5' is not accepted: it must be an integer or none"),
+        ("sclip", ["match_mass=1"], "match_mass='1' is not accepted: it must be true or false"),
+        ("sclip", ["residual=none"], "residual='none' is not accepted: it must be true or false"),
+    ],
+)
+def test_options_that_are_no_such_text_are_refused_in_words(name, texts, message):
+    with pytest.raises(InputError, match=message):
+        hosts.parsed_options(name, texts)
+
+
+def test_constants_of_numpy_are_kept_as_pythons():
+    built = hosts.build("naclip", random_tower(), std=np.float32(7))
+    assert json.loads(json.dumps(built.options)) == {"std": 7.0, "residual": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shift": float("nan")}, "shift=nan is not accepted: it must be a finite number"),
+        ({"gain": 0}, "gain=0 is not accepted: it must be a finite number > 0"),
+        ({"gain": "3"}, "gain='3' is not accepted"),
+    ],
+)
+def test_constants_of_proxyclip_are_checked_before_any_picture(options, message):
+    with pytest.raises(InputError, match=message):
+        hosts.build("proxyclip", random_tower(), **options)
 
 
 def test_other_towers_are_refused_in_words():

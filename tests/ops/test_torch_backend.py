@@ -82,3 +82,32 @@ def test_large_products_agree_with_the_definition(N, inference):
         adapted = fsa.adapt(value, feedback, attention)
     exact = reference.adapt(value.double(), feedback.double(), attention.double())
     assert relative_error(adapted, exact) < 2e-6
+
+
+@pytest.mark.parametrize("onednn", [True, False], ids=["oneDNN", "BLAS"])
+@pytest.mark.parametrize("N", [255, 256, 300, 441])
+def test_similarities_of_either_library_agree_with_the_definition(N, onednn, monkeypatch):
+    monkeypatch.setattr(torch_backend, "float32_by_onednn", lambda: onednn)
+    logits, uniform = segment_logits(N, 21, B=2)
+    found = fsa.feedback_attention(logits.float(), uniform.float())
+    exact = reference.feedback_attention(logits.float().double(), uniform.float().double())
+    # Decisions that rounding made are judged in test_conformance.
+    same = ((found > 0) == (exact > 0)).all(dim=-1)
+    assert same.float().mean() > 0.99
+    assert relative_error(found[same], exact[same]) < RELATIVE_ERROR[torch.float32]
+    for image in range(2):
+        of_one = slice(image, image + 1)
+        alone = fsa.feedback_attention(logits[of_one].float(), uniform[of_one].float())
+        assert torch.equal(alone, found[of_one])
+
+
+@pytest.mark.parametrize("adaptations", ADAPTATIONS, ids="+".join)
+def test_what_an_attention_returns_is_not_written_into(adaptations):
+    generator = torch.Generator().manual_seed(0)
+    value, kept, attended = torch.randn(3, 1, 2, 9, 4, generator=generator).unbind(0)
+    feedback = torch.rand(1, 9, 9, generator=generator).softmax(dim=-1)
+    copies = [x.clone() for x in (value, kept, attended, feedback)]
+    config = FSAConfig(adaptations=adaptations)
+    fsa.adapt(value, feedback, lambda _: kept, attended=attended, config=config)
+    for now, before in zip((value, kept, attended, feedback), copies, strict=True):
+        assert torch.equal(now, before)

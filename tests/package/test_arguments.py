@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from fsa import FSAConfig, InputError
-from fsa.arguments import as_float, as_integer, integer_within, number_within
+from fsa.arguments import as_float, as_integer, finite_number, integer_within, number_within
 
 
 @pytest.mark.parametrize("value", [np.float32(3), np.float64(3), np.int64(3), Fraction(3), 3])
@@ -43,6 +43,17 @@ def test_numbers_out_of_range_are_refused_by_name(value):
         integer_within("window", value, 1, 5)
     with pytest.raises(InputError, match=r"p=.* must be a number from 0\.5 to 1"):
         number_within("p", 0 if value is True else value, 0.5, 1)
+
+
+def test_bounds_of_finite_numbers_are_said():
+    assert finite_number("x", -3) == -3.0
+    assert finite_number("x", 0, least=0) == 0.0
+    with pytest.raises(InputError, match=r"x=nan is not accepted: it must be a finite number$"):
+        finite_number("x", math.nan)
+    with pytest.raises(InputError, match=r"x=-1 is not accepted: it must be a finite number >= 0$"):
+        finite_number("x", -1, least=0)
+    with pytest.raises(InputError, match=r"x=0 is not accepted: it must be a finite number > 0$"):
+        finite_number("x", 0, positive=True)
 
 
 @pytest.mark.parametrize("beta", [-1e-6, -3, np.float32(-1)])

@@ -16,8 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fsa
-from fsa import InputError
+from bench.rows.pictures import clip_segmentor
+from fsa import InputError, hosts
+from fsa.models.guides import load_vfm
+from fsa.models.timm_tower import tower_of
 from fsa.segment import graphs
+from tests.support.timm_models import FAMILIES, random_timm_model
 
 needs_gpu = pytest.mark.gpu
 
@@ -168,6 +172,45 @@ def test_a_segmentor_is_the_same_from_a_graph(pretended, monkeypatch):
         )
         assert np.array_equal(replayed.scores, eager.scores)
     assert len(pretended.pools) == 1
+
+
+def tower_of_timm(family, host="clearclip", device="cpu", dtype=torch.float32):
+    """A segmentor on a small tower with random weights, texts, and windows of two grids."""
+    visual = random_timm_model(family, dtype).to(device)
+    tower = tower_of(visual)
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randn(5, tower.output_dim, generator=generator)
+    text = torch.nn.functional.normalize(text, dim=-1).to(device)
+    guide = None
+    if hosts.host_class(host).needs_vfm:
+        guide = load_vfm("layer:1", tower=tower, mean=(0.0,) * 3, std=(1.0,) * 3)
+    segmentor = clip_segmentor(host, visual, text, guide, feedback=True)
+    sides = [FAMILIES[family].side + more * FAMILIES[family].patch for more in (0, 2)]
+    windows = [torch.randn(2, 3, side, side, generator=generator) for side in sides for _ in "ab"]
+    return segmentor, text, [window.to(device, dtype) for window in windows]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_towers_of_timm_are_the_same_from_a_graph(family, pretended, monkeypatch):
+    monkeypatch.setattr("fsa.ops.library.check_finite_product", lambda *_: None)
+    segmentor, text, windows = tower_of_timm(family)
+    run = graphs.GraphCache(segmentor.forward)
+    for window in windows:
+        assert torch.equal(run(window, text), segmentor.forward(window, text))
+    assert len(run) == 2
+
+
+@needs_gpu
+@pytest.mark.parametrize("host", ["clearclip", "proxyclip", "segearth", "pearl"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_towers_of_timm_give_the_same_from_graphs(family, host):
+    segmentor, text, windows = tower_of_timm(family, host, "cuda", torch.float16)
+    run = graphs.GraphCache(segmentor.forward)
+    for window in windows:
+        eager, replayed = segmentor.forward(window, text), run(window, text)
+        assert eager.isfinite().all()
+        assert (replayed.argmax(dim=1) == eager.argmax(dim=1)).float().mean() > 0.99
+    assert len(run) == 2
 
 
 def test_what_cannot_be_captured_is_said_and_leaves_the_stream_as_it_was(pretended):
