@@ -94,7 +94,7 @@ def paint_glyph(
     """
     opacity = np.asarray(picture.getchannel("A"))
     enclosed, count = regions(opacity)
-    colours = own[rng.integers(len(own))]
+    colours = own[int(rng.integers(len(own)))]
     fills = np.stack([_colour(colours, rng) for _ in range(count + 1)])
     if rng.random() < 0.4:
         fills[1:] = fills[:1]
@@ -148,7 +148,7 @@ def repaint(
     """
     array = np.asarray(picture)
     mine = palette(picture).astype(np.float32)
-    other = own[rng.integers(len(own))].astype(np.float32)
+    other = own[int(rng.integers(len(own)))].astype(np.float32)
     if rng.random() < 0.25:
         other = rng.uniform(0, 255, other.shape)
     light = np.array([0.3, 0.6, 0.1])
