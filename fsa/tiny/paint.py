@@ -150,7 +150,7 @@ def repaint(
     mine = palette(picture).astype(np.float32)
     other = own[int(rng.integers(len(own)))].astype(np.float32)
     if rng.random() < 0.25:
-        other = rng.uniform(0, 255, other.shape)
+        other = rng.uniform(0, 255, other.shape).astype(np.float32)
     light = np.array([0.3, 0.6, 0.1])
     target = np.empty_like(mine)
     target[np.argsort(mine @ light)] = other[np.argsort(other @ light)]
