@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from fsa.tiny.pictographs import PAINTED
 from fsa.tiny.textures import BANK_SIDE, BANK_TILES, texture_bank
 from fsa.tiny.vocabulary import CLASSES, OBJECTS, TEXTURES
 
@@ -50,35 +51,67 @@ class Sprites:
     """The pictographs of some styles, as tensors.
 
     Args:
-        folder: holds STYLE/CODEPOINT.png, as `fsa.tiny.pictographs` writes them.
+        folder: holds STYLE/CODEPOINT.png, or several STYLE/CODEPOINT-NAME.png, as
+            `fsa.tiny.pictographs` and `fsa.tiny.paint` write them.
         styles: a style may lack objects, as long as another of them has them.
         device: where scenes are to be rendered.
+        painted: share of the objects in scenes that are from the style `painted`, if it is among
+            the styles and has the object. All other drawings of an object are equally frequent.
     """
 
     def __init__(
-        self, folder: Path, styles: Sequence[str], device: torch.device | str = "cpu"
+        self,
+        folder: Path,
+        styles: Sequence[str],
+        device: torch.device | str = "cpu",
+        painted: float = 0.5,
     ) -> None:
-        pictures: list[np.ndarray] = []
+        levels: list[list[Tensor]] = []
         members = []
+        total = 0
         for entry in OBJECTS:
-            files = [folder / style / f"{entry.codepoint}.png" for style in styles]
-            files = [file for file in files if file.exists()]
-            if not files:
+            given = [f for s in styles if s != PAINTED for f in _files(folder / s, entry.codepoint)]
+            anew = _files(folder / PAINTED, entry.codepoint) if PAINTED in styles else []
+            if not given and not anew:
                 raise FileNotFoundError(
                     f"{folder} has no picture of {entry.name!r} ({entry.codepoint}) in the styles "
                     f"{', '.join(styles)}; see fsa.tiny.pictographs"
                 )
-            members.append((len(pictures), len(files)))
-            pictures += [_square(Image.open(file).convert("RGBA")) for file in files]
-        whole = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).to(device)
-        # Colours multiplied by opacity, so that blending and shrinking leave no fringe.
-        whole[:, :3] = (whole[:, :3].int() * whole[:, 3:].int() // 255).to(torch.uint8)
-        self.levels = [whole]
-        for _ in range(2):
-            smaller = functional.avg_pool2d(self.levels[-1].float(), 2).round()
-            self.levels.append(smaller.to(torch.uint8))
-        self.first, self.count = np.array(members).T
+            members.append((total, len(given), len(anew)))
+            total += len(given) + len(anew)
+            levels.append(_levels(given + anew))
+        self.levels = [torch.cat(of_objects).to(device) for of_objects in zip(*levels, strict=True)]
+        self.first, self.given, self.painted = np.array(members).T
+        self.share = np.where(self.given == 0, 1.0, np.where(self.painted == 0, 0.0, painted))
         self.device = torch.device(device)
+
+    def choose(self, classes: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        """Drawings (K,) of objects (K,), as indices into the levels, by numbers in [0, 1)."""
+        share = self.share[classes]
+        new = uniform < share
+        start = np.where(new, 0.0, share)
+        width = np.where(new, share, 1.0 - share)
+        count = np.where(new, self.painted[classes], self.given[classes])
+        place = ((uniform - start) / width * count).astype(int)
+        return self.first[classes] + np.where(new, self.given[classes], 0) + place
+
+
+def _files(folder: Path, codepoint: str) -> list[Path]:
+    only = folder / f"{codepoint}.png"
+    return [only] if only.exists() else sorted(folder.glob(f"{codepoint}-*.png"))
+
+
+def _levels(files: Sequence[Path]) -> list[Tensor]:
+    """Pictures (K,4,S,S) uint8, and the same at half and at a quarter of their side."""
+    pictures = [_square(Image.open(file).convert("RGBA")) for file in files]
+    whole = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    # Colours multiplied by opacity, so that blending and shrinking leave no fringe.
+    whole[:, :3] = (whole[:, :3].int() * whole[:, 3:].int() // 255).to(torch.uint8)
+    levels = [whole]
+    for _ in range(2):
+        smaller = functional.avg_pool2d(levels[-1].float(), 2).round()
+        levels.append(smaller.to(torch.uint8))
+    return levels
 
 
 def _square(picture: Image.Image) -> np.ndarray:
@@ -232,8 +265,7 @@ class Composer:
             return
         device = self.sprites.device
         classes, uniform = classes[rows], uniform[rows]
-        count = self.sprites.count[classes]
-        chosen = self.sprites.first[classes] + (uniform[:, 1] * count).astype(int)
+        chosen = self.sprites.choose(classes, uniform[:, 1])
         low, high = self.object_sizes
         side = low * (high / low) ** uniform[:, 2]
         inverse, centre = self._placement(side, uniform)

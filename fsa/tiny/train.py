@@ -2,11 +2,11 @@
 
     python -m fsa.tiny.train --pictographs DIR --out RUN_DIR
 
-DIR is what `python -m fsa.tiny.pictographs` wrote. A step shows crops with one object or two, or
-scenes of one size, drawn from the seed. What is smaller than the full size is placed on a random
-part of the positional grid. The same command goes on where a stopped run was; RUN_DIR holds the
-checkpoint, the curve (curve.csv) and, at the end, tiny.safetensors with its checksum. Training
-needs torch 2.9, which has Muon.
+DIR is what `python -m fsa.tiny.pictographs` and `python -m fsa.tiny.paint` wrote. A step shows
+crops with one object or two, or scenes of one size, drawn from the seed. What is smaller than the
+full size is placed on a random part of the positional grid. The same command goes on where a
+stopped run was; RUN_DIR holds the checkpoint, the curve (curve.csv) and, at the end,
+tiny.safetensors with its checksum. Training needs torch 2.9, which has Muon.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import csv
 import hashlib
 import math
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,98 +32,13 @@ from tqdm import tqdm
 
 from fsa.tiny import CONFIG
 from fsa.tiny.captions import caption
-from fsa.tiny.pictographs import TRAIN_STYLES
+from fsa.tiny.pictographs import DRAWN, PAINTED, TRAIN_STYLES
+from fsa.tiny.plan import LAST_TEMPERATURE, VIEWS, Plan, View
 from fsa.tiny.scenes import Composer, Sprites
-from fsa.tiny.vocabulary import OBJECTS
 
 _CHECKPOINT = "checkpoint.pt"
-
-
-@dataclass(frozen=True)
-class View:
-    """What a step shows: pictures of one size; sizes in pixels.
-
-    Attributes:
-        size: of the pictures.
-        object_sizes: shortest and longest side of an object.
-        most_objects: how many objects a picture has at most.
-        groups: of pictures in a step. A group shows every object once as its first, and its
-            captions are compared with its own pictures only, so that few of them fit two.
-        parts: into how many the patches of each picture are dealt at random. The image tower is
-            given one part at a time, in as many updates.
-    """
-
-    size: int
-    object_sizes: tuple[int, int]
-    most_objects: int
-    groups: int
-    parts: int = 1
-
-    @property
-    def batch(self) -> int:
-        return self.groups * len(OBJECTS)
-
-
-# An update costs about the same for each. A part of a large picture costs little more than a whole
-# small one, and shows objects as large as those of scenes.
-CROP = View(size=64, object_sizes=(36, 84), most_objects=2, groups=3)
-SMALL = View(size=112, object_sizes=(36, 150), most_objects=3, groups=2, parts=2)
-MEDIUM = View(size=160, object_sizes=(40, 170), most_objects=3, groups=1, parts=2)
-FULL = View(size=224, object_sizes=(40, 200), most_objects=4, groups=1, parts=4)
-VIEWS = (CROP, SMALL, MEDIUM, FULL)
-
 _BARE = 0.05
-_LAST_TEMPERATURE = 100.0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long and how fast.
-
-    Attributes:
-        steps: batches of pictures.
-        shares: of the steps that show each of `VIEWS`.
-        whole: share of the steps, the last ones, whose pictures keep all of their patches.
-        learning_rate: after `warmup` steps, until the last `decay` of the steps, a share, in which
-            it falls to 0 as a line.
-        first_temperature: where the temperature begins; it ends where CLIP's does.
-        freeze_text: leaves the text tower as it is, which saves most of its cost.
-        seed: of the weights and of every scene.
-    """
-
-    steps: int = 20000
-    shares: tuple[float, ...] = (0.5, 0.3, 0.15, 0.05)
-    whole: float = 0.1
-    learning_rate: float = 1.0e-3
-    warmup: int = 200
-    decay: float = 0.5
-    weight_decay: float = 0.05
-    first_temperature: float = 14.3
-    freeze_text: bool = False
-    seed: int = 0
-    workers: int = 1
-    save_every: int = 250
-
-    def rate(self, step: int) -> float:
-        rising = (step + 1) / self.warmup
-        falling = (self.steps - step) / max(1.0, self.decay * self.steps)
-        return self.learning_rate * min(1.0, rising, falling)
-
-    def temperature(self, step: int) -> float:
-        """Rises over the first third of the steps to where CLIP's ends.
-
-        The published constants of FSA are for cosines trained there.
-        """
-        progress = min(1.0, 3 * step / self.steps)
-        return self.first_temperature * (_LAST_TEMPERATURE / self.first_temperature) ** progress
-
-    def view(self, step: int) -> View:
-        """What a step shows, from the seed and the step alone."""
-        drawn = np.random.default_rng((self.seed, step, 3)).choice(len(VIEWS), p=self.shares)
-        view = VIEWS[drawn]
-        if step >= (1 - self.whole) * self.steps:
-            return replace(view, parts=1)
-        return view
+_STYLES = (*TRAIN_STYLES, DRAWN, PAINTED)
 
 
 class SceneBatches(Dataset):
@@ -145,7 +59,7 @@ class SceneBatches(Dataset):
                 bare=_BARE,
                 augment=True,
             )
-            for view in VIEWS
+            for view in plan.views
         }
         self.tokenizer = open_clip.SimpleTokenizer(
             context_length=CONFIG["text_cfg"]["context_length"]
@@ -160,7 +74,7 @@ class SceneBatches(Dataset):
         step = self.first + number
         view = self.plan.view(step)
         # Every step has scenes of its own: none is seen twice.
-        start = step * max(view.batch for view in VIEWS)
+        start = step * max(view.batch for view in self.plan.views)
         indices = range(start, start + view.batch)
         scenes = self.composers[view.size].compose(indices)
         sentences = [
@@ -316,7 +230,7 @@ def train(
     model = CLIP(**CONFIG).to(device).train()
     if start is not None:
         model.load_state_dict(load_file(start))
-    model.logit_scale.requires_grad_(False).fill_(math.log(_LAST_TEMPERATURE))
+    model.logit_scale.requires_grad_(False).fill_(math.log(LAST_TEMPERATURE))
     if plan.freeze_text:
         model.lock_text_tower(unlocked_layers=0, freeze_layer_norm=True)
     optimizers = Optimizers(model, plan)
@@ -416,9 +330,22 @@ def main() -> None:
         "--whole", type=float, default=plan.whole, help="share of the steps with all patches"
     )
     parser.add_argument(
+        "--whole-shares",
+        type=float,
+        nargs=len(VIEWS),
+        default=plan.whole_shares,
+        help="of those steps, for the same sizes",
+    )
+    parser.add_argument(
         "--decay", type=float, default=plan.decay, help="share of the steps whose rate falls"
     )
-    parser.add_argument("--styles", nargs="+", default=TRAIN_STYLES, help="of the pictographs")
+    parser.add_argument("--styles", nargs="+", default=_STYLES, help="of the pictographs")
+    parser.add_argument(
+        "--painted",
+        type=float,
+        default=0.5,
+        help="share of the objects that are drawings painted anew",
+    )
     parser.add_argument("--learning-rate", type=float, default=plan.learning_rate)
     parser.add_argument("--seed", type=int, default=plan.seed)
     parser.add_argument(
@@ -432,15 +359,16 @@ def main() -> None:
         steps=arguments.steps,
         shares=tuple(arguments.shares),
         whole=arguments.whole,
+        whole_shares=tuple(arguments.whole_shares),
         decay=arguments.decay,
         learning_rate=arguments.learning_rate,
-        first_temperature=_LAST_TEMPERATURE if arguments.start else plan.first_temperature,
+        first_temperature=LAST_TEMPERATURE if arguments.start else plan.first_temperature,
         freeze_text=arguments.freeze_text,
         seed=arguments.seed,
         workers=arguments.workers,
     )
     device = torch.device(arguments.device)
-    sprites = Sprites(arguments.pictographs, arguments.styles, device)
+    sprites = Sprites(arguments.pictographs, arguments.styles, device, arguments.painted)
     print(train(sprites, arguments.out, plan, device, start=arguments.start))
 
 

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw
 from fsa import tiny
 from fsa.tiny import compose, train
 from fsa.tiny.captions import caption
-from fsa.tiny.pictographs import TRAIN_STYLES, UNSEEN_STYLE
+from fsa.tiny.pictographs import PAINTED, TRAIN_STYLES, UNSEEN_STYLE
+from fsa.tiny.plan import CROP, FULL, SMALL, Plan, View
 from fsa.tiny.scenes import Composer, Sprites
 from fsa.tiny.vocabulary import CLASSES, OBJECTS, TEXTURES
 
@@ -117,6 +118,26 @@ def test_a_missing_pictograph_is_named(pictographs):
         Sprites(pictographs, ["nobody"])
 
 
+def test_half_of_the_objects_are_painted_anew_and_half_are_as_given(pictographs, tmp_path):
+    """Two given drawings and three painted ones: each half is shared equally."""
+    for entry in OBJECTS:
+        for file in (f"given/{entry.codepoint}-a", f"given/{entry.codepoint}-b"):
+            (tmp_path / "given").mkdir(exist_ok=True)
+            disc("red").save(tmp_path / f"{file}.png")
+        (tmp_path / PAINTED).mkdir(exist_ok=True)
+        for number in range(3):
+            disc("blue").save(tmp_path / PAINTED / f"{entry.codepoint}-{number}.png")
+    sprites = Sprites(tmp_path, ["given", PAINTED])
+    uniform = np.linspace(0, 1, 1200, endpoint=False)
+    chosen = sprites.choose(np.full(1200, 7), uniform) - sprites.first[7]
+    assert np.bincount(chosen).tolist() == [300, 300, 200, 200, 200]
+    is_blue = sprites.levels[0][sprites.first[7] :, 2, 32, 32][:5] == 255
+    assert is_blue.tolist() == [False, False, True, True, True]
+    given = Sprites(tmp_path, ["given"])
+    chosen = given.choose(np.full(1200, 7), uniform) - given.first[7]
+    assert np.bincount(chosen).tolist() == [600, 600]
+
+
 def test_the_vocabulary_is_without_repeats():
     names = [name for entry in CLASSES for name in (*entry.names, *entry.unseen_synonyms)]
     assert len(names) == len(set(names))
@@ -129,7 +150,7 @@ def test_the_vocabulary_is_without_repeats():
 def test_no_split_has_the_seed_of_training_or_of_another():
     splits = (compose.VALIDATION, *compose.TESTS, *compose.SINGLES, compose.GUARD)
     seeds = [split.seed for split in splits]
-    assert len({train.Plan().seed, *seeds}) == len(seeds) + 1
+    assert len({Plan().seed, *seeds}) == len(seeds) + 1
     for split in compose.TESTS:
         names = {name for entry in CLASSES for name in entry.names}
         assert split.synonyms == names.isdisjoint(split.class_names)
@@ -167,18 +188,19 @@ def test_scenes_for_the_demo_and_the_guard_have_masks_of_their_own_classes(picto
 
 
 def test_a_step_shows_what_its_seed_and_number_say():
-    plan = train.Plan(steps=1000, shares=(0.7, 0.3, 0, 0), whole=0.2)
+    plan = Plan(steps=1000, shares=(0.7, 0.3, 0, 0), whole=0.2, whole_shares=(0, 0.4, 0, 0.6))
     views = [plan.view(step) for step in range(plan.steps)]
     assert views == [plan.view(step) for step in range(plan.steps)]
-    assert 0.6 < sum(view.size == train.CROP.size for view in views) / plan.steps < 0.8
-    assert {view.parts for view in views[:800]} == {train.CROP.parts, train.SMALL.parts}
+    assert 0.6 < sum(view.size == CROP.size for view in views[:800]) / 800 < 0.8
+    assert {view.parts for view in views[:800]} == {CROP.parts, SMALL.parts}
     assert {view.parts for view in views[800:]} == {1}
-    other = train.Plan(steps=1000, shares=plan.shares, whole=plan.whole, seed=1)
+    assert {view.size for view in views[800:]} == {SMALL.size, FULL.size}
+    other = replace(plan, seed=1)
     assert views != [other.view(step) for step in range(plan.steps)]
 
 
 def test_the_rate_rises_stays_and_falls_to_nothing():
-    plan = train.Plan(steps=100, warmup=10, decay=0.5, learning_rate=2.0)
+    plan = Plan(steps=100, warmup=10, decay=0.5, learning_rate=2.0)
     rates = [plan.rate(step) for step in range(101)]
     assert rates[9:51] == [2.0] * 42
     assert rates[0] == pytest.approx(0.2)
@@ -245,18 +267,28 @@ def test_groups_of_a_batch_are_compared_with_themselves_only():
 trains = pytest.mark.skipif(
     not hasattr(torch.optim, "Muon"), reason="training needs torch.optim.Muon, of torch 2.9"
 )
-SHORT = train.Plan(steps=4, shares=(0.5, 0.5), warmup=1, workers=0, save_every=1, whole=0.3)
 
 
 def view(size, **changes):
     settings = {"object_sizes": (20, 40), "most_objects": 2, "groups": 1, **changes}
-    return train.View(size=size, **settings)
+    return View(size=size, **settings)
+
+
+SHORT = Plan(
+    steps=4,
+    views=(view(48), view(64, parts=2)),
+    shares=(0.5, 0.5),
+    warmup=1,
+    workers=0,
+    save_every=1,
+    whole=0.3,
+    whole_shares=(0.5, 0.5),
+)
 
 
 @trains
 @pytest.mark.slow
 def test_training_goes_on_where_it_was_stopped(sprites, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "VIEWS", (view(48), view(64, parts=2)))
     cpu = torch.device("cpu")
     whole = train.train(sprites, tmp_path / "whole", SHORT, cpu, progress=False)
 
@@ -293,7 +325,6 @@ def test_training_goes_on_where_it_was_stopped(sprites, tmp_path, monkeypatch):
 @pytest.mark.parametrize("parts", [1, 2])
 def test_training_lowers_the_loss(sprites, tmp_path, monkeypatch, parts):
     crop = view(64, object_sizes=(40, 60), most_objects=1, parts=parts)
-    monkeypatch.setattr(train, "VIEWS", (crop,))
     losses = []
     update = train._update
 
@@ -302,7 +333,15 @@ def test_training_lowers_the_loss(sprites, tmp_path, monkeypatch, parts):
         return losses[-1], 0.0
 
     monkeypatch.setattr(train, "_update", recording)
-    plan = train.Plan(steps=24, shares=(1.0,), warmup=4, workers=0, learning_rate=1e-3)
+    plan = Plan(
+        steps=24,
+        views=(crop,),
+        shares=(1.0,),
+        whole_shares=(1.0,),
+        warmup=4,
+        workers=0,
+        learning_rate=1e-3,
+    )
     train.train(sprites, tmp_path, plan, torch.device("cpu"), progress=False)
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.2
 
