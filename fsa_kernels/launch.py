@@ -201,10 +201,19 @@ def apply_affinity(rows: int, D: int, dtype: torch.dtype, gather: bool) -> Launc
     where there are enough of them, and where what `gather` writes leaves the registers.
     """
     half = dtype.itemsize == 2
-    block_m = 128 if half and rows > 1024 else 64
+    # Rows of another width than a multiple of 16 are read value by value, each by an address of its
+    # own, which large tiles have no registers for.
+    aligned = D % 16 == 0
+    block_m = 128 if half and rows > 1024 and aligned else 64
     block_d = 64 if gather else block_m
-    block_d = min(block_d, max(16, next_power_of_2(D)))
+    block_d = min(block_d if aligned else 32, max(16, next_power_of_2(D)))
     # In steps of 64 weights, a tile of 128 x 128 spills 8 bytes on sm_80.
-    block_n = 64 if half and block_d < 128 else 32
+    block_n = 64 if half and block_d < 128 and aligned else 32
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
-    return Launch(blocks, num_warps=8 if block_m == 128 else 4, num_stages=3 if half else 2)
+    return Launch(
+        blocks,
+        num_warps=8 if block_m == 128 else 4,
+        num_stages=3 if half else 2,
+        # For narrow values the assembler aims at so few registers that it spills some on sm_100.
+        max_registers=255 if block_d < 64 else None,
+    )

@@ -320,7 +320,10 @@ def exhaustive() -> Iterator[KernelCall]:
             f"ProxyCLIP {terms} {dtype} {stored}",
             proxied(1, 784, dtype=dtype, stored=stored, adaptations=terms),
         )
-    for B, N, F, D in ((1, 1, 1, 1), (2, 2, 1, 1), (1, 1, 3, 5), (1, 17, 1, 1), (2, 17, 16, 16)):
+    for B, N, F, D in (
+        *((1, 1, 1, 1), (2, 2, 1, 1), (1, 1, 3, 5), (1, 17, 1, 1), (2, 17, 16, 16)),
+        (1, 2000, 8, 99),
+    ):
         for dtype, layout in itertools.product((HALF, SINGLE), ("host", "plain")):
             yield KernelCall(
                 f"ProxyCLIP B={B} N={N} F={F} D={D} {dtype} {layout}",
