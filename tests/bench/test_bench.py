@@ -588,7 +588,7 @@ def test_the_whole_run_on_a_gpu_from_rows_to_plots(
     pretended_gpu, toy_inputs, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(runner, "Worker", HereAndNow)
-    jobs = [*registry.MARKS_GPU, Job(OpRow("op", 8, 441, 21), contenders.MEASURES)]
+    jobs = [*registry.MARKS_GPU, Job(OpRow("op", 8, 441, 21), ("time", "numerics", "memory"))]
     record = runner.run(
         jobs, tmp_path / "gpu.json", device=pretended_gpu, dtype=FLOAT, budget=600, commit="abc"
     )
@@ -600,13 +600,13 @@ def test_the_whole_run_on_a_gpu_from_rows_to_plots(
         wanted |= {"graph", "launches"} if job.row.graphs else set()
         for name, entry in row["contenders"].items():
             assert "not_installed" in entry or wanted <= set(entry), (row["name"], name, entry)
-    of_steps = record["rows"][jobs.index(Job(jobs[7].row, contenders.MEASURES))]["contenders"]
+    of_steps = record["rows"][jobs.index(Job(jobs[7].row, jobs[-1].measures))]["contenders"]
     assert {*tables._ORDER, *tables._WAYS} - {"flashinfer"} == set(of_steps)
     assert set(record["rows"][0]["contenders"]) == set(tables._ORDER)
 
     record = results_data.load("gpu", tmp_path)
     assert all(mark.value is not None and mark.verdict for mark in marks.marks(record))
-    made = tables.tables(None, record, results_data.load("launches"))
+    made = tables.tables(None, record, *map(results_data.load, ("launches", "dtypes")))
     about_gpu = {name: text for name, text in made.items() if "cpu" not in name}
     assert [name for name, text in about_gpu.items() if text == tables.NOT_MEASURED] == []
     assert "failed" not in "".join(about_gpu.values())
