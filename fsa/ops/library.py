@@ -133,9 +133,10 @@ def _is_observed(arguments: tuple[Any, ...]) -> bool:
     )
 
 
-# Other tensors, such as fake ones, have a dispatch of their own.
+# Other tensors, such as fake ones, have a dispatch of their own. An int may stand for a float.
 _PLAIN_TYPES = frozenset(
-    (Tensor, torch.nn.Parameter, Options, Adaptations, type(None), bool, float, str, torch.dtype)
+    {Tensor, torch.nn.Parameter, Options, Adaptations, torch.dtype}
+    | {type(None), bool, int, float, str}
 )
 
 
