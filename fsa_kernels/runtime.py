@@ -41,7 +41,8 @@ _OLDEST_DIRECT, _NEWEST_DIRECT = (3, 6), (3, 9)
 
 # What each specialisation compiled to, with its constants in the order of the parameters.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
-# Sizes are part of the key; who sees ever new ones starts anew.
+# Sizes are part of the key. At this many entries the cache is emptied, so that a process that meets
+# ever new sizes does not grow.
 _MOST_COMPILED = 4096
 
 

@@ -25,11 +25,11 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 def cache_folder() -> Path | None:
     """Where `FSA_CACHE_DIR` says, else the user's cache folder by the rules of the platform.
 
-    Nobody has made it yet. None where there is no home directory.
+    The folder may not exist yet. None where there is no home directory.
     """
     given = os.environ.get(CACHE_VARIABLE)
     folder = os.path.expanduser(given or platformdirs.user_cache_dir("fsa", appauthor=False))
-    # A home directory that nobody knows stays as it was written.
+    # Where there is no home directory, expanduser leaves the tilde in place.
     return None if folder.startswith("~") else Path(folder)
 
 

@@ -134,7 +134,8 @@ def check_finite_product(result: Tensor, inputs: dict[str, Tensor | None]) -> No
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # One pass that stores nothing, where `isfinite` makes four tensors. NaN is both least and most.
+    # One pass that stores nothing, where `isfinite` makes four tensors. A single NaN makes both the
+    # minimum and the maximum NaN.
     return all(math.isfinite(extreme) for extreme in tensor.aminmax())
 
 
